@@ -1,0 +1,96 @@
+"""Write the generated tables of the documentation into its pages, between their markers.
+
+    python -m docs.tables            # rewrites the pages
+
+The table of families takes longer and has a script of its own: docs/families.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "experiments" / "benchmarks" / "results"
+
+
+def sites() -> str:
+    """The table of sites."""
+    from interp.sites import markdown_table
+
+    return markdown_table()
+
+
+def models() -> str:
+    """The packaged models with their packages and licences."""
+    from interp.models import catalogue
+
+    lines = ["| name | kind | parameters | package | licence | what it is |", "|---|---|---|---|---|---|"]
+    for row in catalogue():
+        package = "comes with interp" if row.bundled else f"`{row.package}` {row.version}"
+        size = f"{row.parameters:,}"
+        lines.append(f"| `{row.name}` | {row.kind} | {size} | {package} | {row.licence} | {row.description} |")
+    return "\n".join(lines)
+
+
+def benchmarks() -> str:
+    """Time and memory of capture, one table for each kind of machine that was measured."""
+    parts = [_benchmark(path) for path in sorted(RESULTS.glob("capture-*.json"))]
+    return "\n\n".join(parts) or "No results are recorded in this checkout."
+
+
+def _benchmark(path: Path) -> str:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"**{found['hardware']}**; torch {found['torch']}, transformers {found['transformers']}; SmolLM2-135M, "
+        f"{found['batch']} x {found['tokens']} tokens, {found['rounds']} interleaved rounds "
+        f"(`experiments/benchmarks/results/{path.name}`).",
+        "",
+        "| what runs | time / plain forward | quartiles | median seconds |",
+        "|---|---|---|---|",
+    ]
+    for row in found["time"]:
+        low, high = row["low"], row["high"]
+        lines.append(f"| {row['name']} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} | {row['seconds']:.3f} |")
+    lines += ["", "| what is read | bytes returned | peak above the plain forward | ratio |", "|---|---|---|---|"]
+    for name, row in found["memory"].items():
+        returned, above = (f"{row[key] / 2**20:.1f} MiB" for key in ("returned", "peak_above_plain"))
+        lines.append(f"| {name} | {returned} | {above} | {row['ratio']:.3f} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "sites": ("sites.md", sites),
+    "models": ("api/models.md", models),
+    "benchmarks": ("benchmarks.md", benchmarks),
+}
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines between which a table stands."""
+    return f"<!-- {name}: begin (written by docs/tables.py) -->", f"<!-- {name}: end -->"
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the markers of a table."""
+    begin, end = markers(name)
+    return text.partition(begin)[2].partition(end)[0].strip()
+
+
+def filled(text: str, name: str, table: str) -> str:
+    """The page with a table between its markers."""
+    begin, end = markers(name)
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+
+
+def main() -> None:
+    """Rewrite the pages."""
+    for name, (page, make) in TABLES.items():
+        path = DOCS / page
+        path.write_text(filled(path.read_text(encoding="utf-8"), name, make()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

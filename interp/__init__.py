@@ -1,0 +1,74 @@
+"""interp: mechanistic interpretability for language and vision-language models."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interp import data, edits, errors, figures, heads, models, reads, report, scores, sites, testing
+    from interp.batch import Batch
+    from interp.engine.entry import Entry
+    from interp.lens import Generation, Lens, load, wrap
+    from interp.patches import Patches
+    from interp.reads import Read
+    from interp.scores import HeadScores
+    from interp.trace import Trace
+
+try:
+    __version__ = version("interp")
+except PackageNotFoundError:  # pragma: no cover - a checkout that is not installed
+    __version__ = "0"
+
+# Loaded when first used, so that `import interp` stays fast.
+_HOME = {
+    "Lens": "interp.lens",
+    "Generation": "interp.lens",
+    "load": "interp.lens",
+    "wrap": "interp.lens",
+    "Batch": "interp.batch",
+    "Entry": "interp.engine.entry",
+    "Patches": "interp.patches",
+    "Read": "interp.reads",
+    "Trace": "interp.trace",
+    "HeadScores": "interp.scores",
+}
+_MODULES = ("data", "edits", "errors", "figures", "heads", "models", "reads", "report", "scores", "sites", "testing")
+
+__all__ = [
+    "Batch",
+    "Entry",
+    "Generation",
+    "HeadScores",
+    "Lens",
+    "Patches",
+    "Read",
+    "Trace",
+    "__version__",
+    "data",
+    "edits",
+    "errors",
+    "figures",
+    "heads",
+    "load",
+    "models",
+    "reads",
+    "report",
+    "scores",
+    "sites",
+    "testing",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return import_module(f"interp.{name}")
+    raise AttributeError(f"module 'interp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

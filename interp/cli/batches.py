@@ -1,0 +1,207 @@
+"""Run a head method over many prompts in batches; the merged result is that of one batch of them all."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interp.cli.settings import HeadsSettings
+from interp.errors import InputError
+from interp.heads import ablation, direct_effect, importance, patterns
+from interp.heads.patterns import pattern_targets
+from interp.scores import HeadScores
+
+if TYPE_CHECKING:
+    from interp.batch import Batch
+    from interp.data import Prompt
+    from interp.lens import Lens
+
+ABLATION_ROWS = 4  # rows of an ablation run for each prompt of a batch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """A batch and what is asked of it.
+
+    Attributes:
+        batch: prompts as the model takes them.
+        answers: right next tokens, or None.
+        wrong: wrong ones, or None.
+        first: index of the first prompt.
+    """
+
+    batch: "Batch"
+    answers: list[str] | None
+    wrong: list[str] | None
+    first: int
+
+
+def prompt_chunks(lens: "Lens", prompts: Sequence["Prompt"], size: int) -> list[Chunk]:
+    """The prompts in batches; with answers they are padded on the left, so that the last column is each one's last.
+
+    Raises:
+        InputError: a prompt or its image cannot be used.
+    """
+    found = []
+    for first in range(0, len(prompts), size):
+        rows = prompts[first : first + size]
+        answers, wrong = ([getattr(p, name) for p in rows] for name in ("answer", "wrong"))
+        asked = None if answers[0] is None else answers
+        batch = lens.prepare([p.text for p in rows], _images(rows), padding_side="left" if asked else None)
+        found.append(Chunk(batch, asked, None if wrong[0] is None else wrong, first))
+    return found
+
+
+def _images(prompts: Sequence["Prompt"]) -> list[Any] | None:
+    if all(p.image is None for p in prompts):
+        return None
+    from PIL import Image, UnidentifiedImageError
+
+    images = []
+    for prompt in prompts:
+        try:
+            images.append(None if prompt.image is None else Image.open(prompt.image).convert("RGB"))
+        except UnidentifiedImageError as error:
+            raise InputError(f"{prompt.image} is not an image that can be read.") from error
+    return images
+
+
+def repeated_chunks(lens: "Lens", settings: HeadsSettings) -> list[Chunk]:
+    """Rows of random tokens repeated once, behind the token that the tokenizer itself puts in front (if any)."""
+    from interp.data import repeated_tokens
+    from interp.engine.probe import vocabulary
+    from interp.inputs import tokenizer_of
+
+    config: Any = lens.model.config
+    tokenizer = tokenizer_of(lens.processor)
+    size = vocabulary(config)
+    special: set[int] = set()
+    begin = None
+    if tokenizer is not None:
+        size = min(size, len(tokenizer))
+        special = set(tokenizer.all_special_ids)
+        front = tokenizer("a")["input_ids"][0]
+        begin = front if front == tokenizer.bos_token_id else None
+    allowed = [i for i in range(size) if i not in special]
+    ids = repeated_tokens(
+        settings.repeat_rows, settings.repeat_length, allowed_ids=allowed, bos_id=begin, seed=settings.seed
+    )
+    steps = range(0, len(ids), settings.batch_size)
+    return [Chunk(lens.prepare(input_ids=ids[at : at + settings.batch_size]), None, None, at) for at in steps]
+
+
+def compute(
+    lens: "Lens",
+    method: str,
+    chunks: Sequence[Chunk],
+    settings: HeadsSettings,
+    *,
+    done: Callable[[], None] = lambda: None,
+    show: bool = False,
+) -> HeadScores:
+    """One method over all chunks.
+
+    Args:
+        lens: the model.
+        method: its name.
+        chunks: from `prompt_chunks` or `repeated_chunks`. For mean ablation one: the mean is the batch's.
+        settings: the methods' options.
+        done: called after each chunk.
+        show: whether ablation, the slow one, shows a bar of its own.
+    """
+    if method == "patterns":
+        return _patterns(lens, chunks, settings, done)
+    pieces = []
+    for chunk in chunks:
+        asked: dict[str, Any] = {"answers": chunk.answers, "wrong": chunk.wrong}
+        if method == "direct_effect":
+            piece = direct_effect(lens, chunk.batch, **asked, normalize=settings.share)
+        elif method == "importance":
+            piece = importance(lens, chunk.batch, **asked, absolute=settings.absolute)  # pyright: ignore[reportArgumentType]
+        else:
+            copies = max(1, min(16, ABLATION_ROWS * settings.batch_size // len(chunk.batch)))
+            piece = ablation(lens, chunk.batch, **asked, mode=settings.mode, max_copies=copies, progress=show)  # pyright: ignore[reportArgumentType]
+        pieces.append(piece)
+        done()
+    merged = merge(pieces)
+    return normalized(merged, settings.normalize) if method == "importance" else merged
+
+
+def merge(pieces: Sequence[HeadScores]) -> HeadScores:
+    """The result over all prompts from results over parts of them: scores and columns are means over prompts."""
+    first = pieces[0]
+    assert all(p.per_prompt is not None for p in pieces)
+    counts = [len(p.per_prompt) for p in pieces]  # pyright: ignore[reportArgumentType]
+    per_prompt = torch.cat([p.per_prompt for p in pieces])  # pyright: ignore[reportArgumentType]
+    weights = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    extra = {
+        key: torch.einsum("n,nlh->lh", weights, torch.stack([p.extra[key].double() for p in pieces])).float()
+        for key in first.extra
+    }
+    return replace(first, scores=per_prompt.mean(0), per_prompt=per_prompt, extra=extra, settings=_settings([*pieces]))
+
+
+def _settings(pieces: Sequence[HeadScores]) -> dict[str, Any]:
+    """Settings of the whole: counts are added up, lists by prompt joined."""
+    whole: dict[str, Any] = dict(pieces[0].settings)
+    for key, value in pieces[0].settings.items():
+        if key in ("prompts", "tokens", "used"):
+            whole[key] = sum(p.settings[key] for p in pieces)
+        elif isinstance(value, list):
+            whole[key] = [x for p in pieces for x in p.settings[key]]
+    return whole | {"batches": len(pieces)}
+
+
+def normalized(scores: HeadScores, how: str) -> HeadScores:
+    """Importance divided by the L2 norm of each layer or of all heads, as `heads.importance` does it for one batch."""
+    settings: Mapping[str, Any] = {**scores.settings, "normalize": how}
+    if how == "none":
+        return replace(scores, settings=settings)
+    values = scores.scores.nan_to_num(0)
+    size = values.norm(dim=1, keepdim=True) if how == "layer" else values.norm()
+    size = size.clamp_min(1e-20)
+    assert scores.per_prompt is not None
+    return replace(
+        scores, scores=scores.scores / size, per_prompt=scores.per_prompt / size, unit="normalised", settings=settings
+    )
+
+
+def _patterns(lens: "Lens", chunks: Sequence[Chunk], settings: HeadsSettings, done: Callable[[], None]) -> HeadScores:
+    """Pattern scores; each kind is a mean over the prompts that can show it, which may lie in some batches only."""
+    kept: list[HeadScores] = []
+    used: list[int] = []
+    sums: dict[str, torch.Tensor] = {}
+    uniform: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for chunk in chunks:
+        targets = pattern_targets(chunk.batch, settings.window)
+        able = {kind: queries.any(1).cpu() for kind, (_, queries) in targets.items()}
+        kinds = [kind for kind, rows in able.items() if bool(rows.any())]
+        wanted = settings.score if settings.score in kinds or not kinds else kinds[0]
+        if kinds:
+            piece = patterns(lens, chunk.batch, score=wanted, window=settings.window)
+            for kind in kinds:
+                n = int(able[kind].sum())
+                sums[kind] = sums.get(kind, torch.zeros(())) + piece.extra[kind].double() * n
+                counts[kind] = counts.get(kind, 0) + n
+                uniform[kind] = uniform.get(kind, 0.0) + _uniform(chunk.batch, targets[kind])
+            if wanted == settings.score:
+                kept.append(piece)
+                used += [chunk.first + int(i) for i in able[wanted].nonzero()[:, 0]]
+        done()
+    if not kept:
+        return patterns(lens, chunks[0].batch, score=settings.score, window=settings.window)  # says what is missing
+    extra = {kind: (total / counts[kind]).float() for kind, total in sums.items()}
+    whole = merge([replace(piece, extra={}) for piece in kept])
+    chance = {kind: total / counts[kind] for kind, total in uniform.items()}
+    return replace(whole, extra=extra, settings={**whole.settings, "uniform": chance, "prompt_index": used})
+
+
+def _uniform(batch: "Batch", target: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Sum over the prompts of the score of a head that spreads its attention evenly over what it can see."""
+    keys, queries = target
+    seen = batch.mask.long().cumsum(1).clamp_min(1)
+    mass = keys.sum(-1) / seen
+    each = (mass * queries).sum(1) / queries.sum(1).clamp_min(1)
+    return float(each.sum())

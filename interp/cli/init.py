@@ -1,0 +1,27 @@
+"""`interp init`: write a config to edit."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from interp.errors import FileError, unknown
+
+KINDS = ("heads",)
+
+
+def init(
+    kind: Annotated[str, typer.Argument(help="What the config is for: heads.")] = "heads",
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("run.yaml"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented config to edit, for `interp heads --config` and `interp check`."""
+    if kind not in KINDS:
+        raise unknown("kind of config", kind, KINDS)
+    if out.exists() and not overwrite:
+        raise FileError(f"{out} exists already; give another --out, or --overwrite.")
+    from interp.cli.settings import template
+    from interp.files import write_text
+
+    write_text(out, template())
+    typer.echo(f"wrote {out}; edit it, then: interp check {out} && interp heads --config {out} --out runs/heads")

@@ -1,0 +1,1 @@
+"""How a run happens: watching a model, its anatomy and proof, attention taps, hooks, re-entry."""

@@ -1,0 +1,417 @@
+"""What happens to a value when the model reaches a place: edit it, put a gradient probe into it, read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from interp.batch import Batch, Selection, select
+from interp.edits import Edit, Where
+from interp.engine.anatomy import Anatomy
+from interp.engine.plan import Place, Plan
+from interp.errors import EditError, HookError, InputError, NonFiniteError
+from interp.reads import Read
+from interp.sites import SITES
+
+
+class Stop(BaseException):
+    """Raised inside a run once everything asked for has been seen; caught by the run."""
+
+
+@dataclass(eq=False, slots=True)
+class Recorder:
+    """The state of one run.
+
+    Attributes:
+        plan: what is to be done.
+        anatomy: the model's parts.
+        batch: the inputs.
+        offset: column of the main stream at which the present forward call begins.
+        step: number of the present forward call (0 but for generation).
+        generating: whether the run is a generation.
+        to: device on which reads are kept; None leaves them where they are.
+        stop: whether to end the run when nothing is left to do.
+    """
+
+    plan: Plan
+    anatomy: Anatomy
+    batch: Batch
+    offset: int = 0
+    step: int = 0
+    generating: bool = False
+    to: torch.device | str | None = None
+    stop: bool = False
+    with_graph: bool = False
+    pieces: dict[tuple[Read, int], list[Tensor]] = field(default_factory=dict)
+    probes: dict[Place, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
+    valid: dict[Read, Bool[Tensor, "batch n"]] = field(default_factory=dict)
+    pending: set[Place] = field(default_factory=set)
+    chosen: dict[Any, Selection] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Everything in the plan is still to come."""
+        self.pending = set(self.plan.work)
+
+    def stream_mask(self, tower: str, size: int, width: int, device: torch.device) -> Tensor:
+        """Real positions of a tower's stream [batch, pos], over all columns that exist so far."""
+        mask: Tensor | None = None
+        if tower in ("model", self.anatomy.main):
+            mask = self.batch.mask
+        elif tower == "encoder":
+            mask = self.batch.source_mask
+        if mask is None or (tower not in ("model", self.anatomy.main) and mask.shape != (size, width)):
+            mask = torch.ones(size, width, dtype=torch.bool, device=device)
+        missing = self._start(tower) + width - mask.shape[1]
+        if missing > 0:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], missing)], dim=1)
+        self.masks[tower] = mask
+        return mask.to(device)
+
+    def _start(self, tower: str) -> int:
+        return self.offset if tower in ("model", self.anatomy.main) else 0
+
+    def selection(self, positions: Any, tower: str, size: int, width: int, device: torch.device) -> Selection | None:
+        """Columns of the present chunk that a selection means; None for all of them."""
+        if isinstance(positions, str) and positions == "all":
+            return None
+        start = self._start(tower)
+        key = (
+            self.step,
+            tower,
+            size,
+            width,
+            positions if not isinstance(positions, (slice, Tensor)) else id(positions),
+        )
+        if key in self.chosen:
+            return self.chosen[key]
+        mask = self.stream_mask(tower, size, width, device)
+        main = tower in ("model", self.anatomy.main)
+        if mask.shape[0] != size:
+            raise InputError(f"positions cannot be chosen in tower {tower!r}: its rows are not the batch's samples.")
+        if self.generating and main:
+            found = self._generated(positions, mask, start, width)
+        else:
+            found = select(positions, mask, self.batch if main else None)
+            if start:
+                inside = (found.index >= start) & (found.index < start + width)
+                if bool((found.valid & ~inside).any()):
+                    raise InputError(f"positions {positions} lie before column {start}, where this run was entered.")
+                found = Selection((found.index - start).clamp(0, width - 1), found.valid)
+        found = Selection(found.index.to(device), found.valid.to(device))
+        self.chosen[key] = found
+        return found
+
+    def _generated(self, positions: Any, mask: Tensor, start: int, width: int) -> Selection:
+        size, prompt = mask.shape[0], self.batch.mask.shape[1]
+        none = torch.zeros(size, 0, dtype=torch.long, device=mask.device)
+        if isinstance(positions, str) and positions in ("last", "generated"):
+            if positions == "generated" and start < prompt:
+                return Selection(none, none.bool())
+            column = torch.full((size, 1), width - 1, dtype=torch.long, device=mask.device)
+            return Selection(column, torch.ones_like(column, dtype=torch.bool))
+        if start >= prompt:
+            return Selection(none, none.bool())
+        return select(positions, self.batch.mask, self.batch)
+
+    def key_start(self, place: Place, columns: int, n_keys: int) -> int:
+        """Column of the first key of an attention call: a sliding cache has dropped earlier ones."""
+        tower, kind, _, _ = place
+        if not self.generating or kind == "cross" or tower != self.anatomy.main:
+            return 0
+        return max(0, self.offset + columns - n_keys)
+
+    def keys_mask(
+        self, edit: Edit, place: Place, size: int, columns: int, width: int, device: torch.device
+    ) -> Tensor | None:
+        """The chosen key columns [batch, key] of an edit of scores or pattern."""
+        if edit.keys is None:
+            return None
+        tower, kind, _, _ = place
+        start = self.key_start(place, columns, width)
+        source = ("encoder" if "encoder" in self.anatomy.towers else "vision") if kind == "cross" else tower
+        if isinstance(edit.keys, str) and edit.keys == "all":
+            return torch.ones(size, width, dtype=torch.bool, device=device)
+        main = source == self.anatomy.main
+        mask = self.batch.mask if main else self.stream_mask(source, size, width, device)
+        found = select(edit.keys, mask.to(device), self.batch if main else None)
+        out = torch.zeros(size, max(start + width, mask.shape[1]), dtype=torch.bool, device=device)
+        out.scatter_(1, found.index, found.valid)
+        return out[:, start : start + width]
+
+    def visit(self, place: Place, value: Tensor, copy: bool = False) -> Tensor:
+        """Do the work of a place; returns the value that the model goes on with (the same object if unchanged)."""
+        work = self.plan.work.get(place)
+        if work is None:
+            return value
+        for edit, heads in work.edits:
+            value = self._edit(place, edit, heads, value)
+        if work.probe:
+            probe = torch.zeros_like(value, requires_grad=True)
+            self.probes[place] = probe
+            value = value + probe
+        for read, heads in work.reads:
+            part, chosen = self.take(place, read.positions, heads, value)
+            if place[3] in ("scores", "pattern"):
+                part = self.all_keys(place, value.shape[2], part)
+            self.keep_part(read, place, part.clone() if copy and part is value else part, chosen)
+        self.done(place)
+        return value
+
+    def all_keys(self, place: Place, columns: int, part: Tensor) -> Tensor:
+        """Scores or a pattern with the keys that a sliding cache has dropped put back as never looked at."""
+        start = self.key_start(place, columns, part.shape[-1])
+        if start == 0:
+            return part
+        return torch.nn.functional.pad(part, (start, 0), value=0.0 if place[3] == "pattern" else -torch.inf)
+
+    def done(self, place: Place) -> None:
+        """A place was reached."""
+        self.pending.discard(place)
+        if self.stop and not self.pending:
+            raise Stop
+
+    def _axes(self, site: str) -> tuple[int, int | None]:
+        row = SITES[site]
+        position, head = row.position_axis, row.head_axis
+        assert position is not None
+        return position, head
+
+    def take(
+        self, place: Place, positions: Any, heads: tuple[int, ...] | None, value: Tensor
+    ) -> tuple[Tensor, Selection | None]:
+        """The selected part of a value, and the selection (None for all positions)."""
+        tower, _, _, site = place
+        position, head = self._axes(site)
+        if head is not None and heads is not None:
+            value = value.index_select(head, torch.tensor(heads, device=value.device))
+        chosen = self.selection(positions, tower, value.shape[0], value.shape[position], value.device)
+        if chosen is None:
+            return value, None
+        return gather_positions(value, chosen.index, position), chosen
+
+    def keep_part(self, read: Read, place: Place, part: Tensor, chosen: Selection | None) -> None:
+        """Pad, reduce and store the selected part of a value, without its graph, on the device asked for."""
+        if chosen is not None and not chosen.uniform:
+            keep = chosen.valid
+        elif chosen is None and read.reduce in ("mean", "sum", "max"):
+            keep = self._real(place, part)
+        else:
+            keep = None
+        part = reduce_part(part, read, self._axes(place[3])[0], keep)
+        if chosen is not None and not chosen.uniform and read.reduce is None:
+            self.valid[read] = chosen.valid
+        part = part.detach()
+        if self.to is not None:
+            part = part.to(self.to, non_blocking=True)
+        self.pieces.setdefault((read, place[2]), []).append(part)
+
+    def _real(self, place: Place, value: Tensor) -> Tensor | None:
+        position = self._axes(place[3])[0]
+        size, width = value.shape[0], value.shape[position]
+        mask = self.stream_mask(place[0], size, width, value.device)
+        start = self._start(place[0])
+        mask = mask[:, start : start + width]
+        return None if mask.shape[0] != size or bool(mask.all()) else mask
+
+    def _edit(self, place: Place, edit: Edit, heads: tuple[int, ...] | None, value: Tensor) -> Tensor:
+        part, chosen = self.take(place, edit.read.positions, heads, value)
+        position, head = self._axes(place[3])
+        if part.shape[position] == 0:
+            return value
+        size, n = part.shape[0], part.shape[position]
+        if chosen is None:
+            index = torch.arange(n, device=value.device).expand(size, n)
+            valid = torch.ones(size, n, dtype=torch.bool, device=value.device)
+        else:
+            index, valid = chosen.index, chosen.valid
+        named = heads if heads is not None or head is None else tuple(range(value.shape[head]))
+        keys = self.keys_mask(edit, place, size, value.shape[position], part.shape[-1], value.device)
+        new = edit.change(part, Where(place[2], index + self._start(place[0]), valid, named, keys))
+        check_edit(edit, place, part, new)
+        if new is part or (not self.with_graph and torch.equal(new, part)):
+            return value
+        return put_back(value, new, chosen, heads, position, head)
+
+    def finish(self) -> tuple[dict[tuple[Read, int], Tensor], dict[Read, Tensor]]:
+        """The stored parts, joined over forward calls.
+
+        Raises:
+            HookError: something asked for never happened.
+            NonFiniteError: a read holds NaN.
+        """
+        if self.pending:
+            missing = sorted(f"{t}:{s} of layer {i}" if i >= 0 else s for t, _, i, s in self.pending)
+            raise HookError(
+                f"{len(missing)} sites that were asked for were never reached in this run: {', '.join(missing[:6])}"
+                f"{', ...' if len(missing) > 6 else ''}. Does the batch hold what this tower needs (images, decoder "
+                "input)?"
+            )
+        out = {key: join(parts, key[0]) for key, parts in self.pieces.items()}
+        edited = any(w.edits for w in self.plan.work.values())
+        check_all(out, self.anatomy.main, thorough=edited)
+        return out, self.valid
+
+
+def check_edit(edit: Edit, place: Place, old: Tensor, new: Any) -> None:
+    """Refuse a replacement of another shape, or one that brings NaN in."""
+    where = f"{edit.name} at {place[3]!r} of layer {place[2]}"
+    if not isinstance(new, Tensor) or new.shape != old.shape:
+        found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise EditError(f"{where} returned {found} instead of a tensor of shape {tuple(old.shape)}.")
+    bad = new.isnan() if place[3] == "scores" else ~new.isfinite()
+    if bool(bad.any()) and bool((bad & old.isfinite()).any()):
+        raise EditError(f"{where} made NaN or infinity, first at index {bad.nonzero()[0].tolist()} of its selection.")
+
+
+def check_all(values: dict[tuple[Read, int], Tensor], main: str, *, thorough: bool) -> None:
+    """Raise NonFiniteError at the first NaN of a run's reads.
+
+    A NaN in the stream, or in anything that is made from or added to it position by position, is in everything of the
+    same tower and position above it. So of whole reads only those of the highest layer need a look, unless an edit may
+    have taken a NaN away in between.
+    """
+
+    def whole(read: Read) -> bool:
+        spread = read.row.scope in ("stream", "branch") or read.site in ("q", "z")
+        return (
+            spread
+            and read.tower != "cross"
+            and read.heads is None
+            and read.reduce is None
+            and str(read.positions) == "all"
+        )
+
+    top: dict[str, int] = {}
+    for read, layer in values:
+        if whole(read):
+            top[read.tower or main] = max(layer, top.get(read.tower or main, -1))
+    implied = {k for k in values if whole(k[0]) and k[1] < top[k[0].tower or main]} if not thorough else set()
+    try:
+        for key, tensor in values.items():
+            if key not in implied:
+                check_no_nan(tensor, *key)
+    except NonFiniteError:
+        for read, layer in sorted(values, key=lambda k: k[1]):
+            check_no_nan(values[read, layer], read, layer)
+        raise
+
+
+def check_no_nan(tensor: Tensor, read: Read, layer: int) -> None:
+    """Raise NonFiniteError at the first NaN of a read (minus infinity is what masked scores are)."""
+    # One sum finds a NaN without a second tensor; infinities of both signs make one too, so look twice.
+    if tensor.is_floating_point() and bool(tensor.detach().sum().isnan()) and bool(tensor.isnan().any()):
+        place = tensor.isnan().nonzero()[0].tolist()
+        raise NonFiniteError(f"{read} of layer {layer} holds NaN, first at index {place}; the model itself made it.")
+
+
+def gather_positions(value: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Columns `index` [batch, n] of `value` along `axis`; always a copy."""
+    shape = [index.shape[0]] + [1] * (value.ndim - 1)
+    shape[axis] = index.shape[1]
+    wanted = list(value.shape)
+    wanted[axis] = index.shape[1]
+    return value.gather(axis, index.reshape(shape).expand(wanted))
+
+
+def put_back(
+    value: Tensor, new: Tensor, chosen: Selection | None, heads: tuple[int, ...] | None, position: int, head: int | None
+) -> Tensor:
+    """`value` with its selected part replaced."""
+    new = new.to(value.dtype)
+    if chosen is None and heads is None:
+        return new
+    target = value if heads is None or head is None else value.index_select(head, _index(heads, value))
+    if chosen is not None:
+        shape = [chosen.index.shape[0]] + [1] * (value.ndim - 1)
+        shape[position] = chosen.index.shape[1]
+        index = chosen.index.reshape(shape).expand_as(new)
+        if not chosen.uniform:
+            # Fillers point at columns that are not chosen: they get their own value back.
+            keep = chosen.valid.reshape(shape)
+            new = torch.where(keep, new, target.gather(position, index))
+            spare = ~chosen.valid
+            if bool(spare.any()):
+                return _scatter_valid(value, target, new, chosen, heads, position, head)
+        target = target.scatter(position, index, new)
+    else:
+        target = new
+    if heads is None or head is None:
+        return target
+    return value.index_copy(head, _index(heads, value), target)
+
+
+def _scatter_valid(
+    value: Tensor,
+    target: Tensor,
+    new: Tensor,
+    chosen: Selection,
+    heads: tuple[int, ...] | None,
+    position: int,
+    head: int | None,
+) -> Tensor:
+    out = target.clone()
+    for b in range(new.shape[0]):
+        index = chosen.index[b][chosen.valid[b]]
+        rows = new[b].movedim(position - 1, 0)[: len(index)].movedim(0, position - 1)
+        out[b] = out[b].index_copy(position - 1, index, rows)
+    return out if heads is None or head is None else value.index_copy(head, _index(heads, value), out)
+
+
+def _index(heads: tuple[int, ...], value: Tensor) -> Tensor:
+    return torch.tensor(heads, device=value.device)
+
+
+def reduce_part(part: Tensor, read: Read, axis: int, keep: Tensor | None) -> Tensor:
+    """Apply a read's reduction, over the real positions `keep` [batch, n] (None for all), in float32 or wider."""
+    if read.reduce is None:
+        if keep is None:
+            return part
+        shape = [keep.shape[0]] + [1] * (part.ndim - 1)
+        shape[axis] = keep.shape[1]
+        return part.masked_fill(~keep.reshape(shape), 0)
+    wide = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
+    if read.reduce == "norm":
+        wide = wide.norm(dim=-1)
+        if keep is None:
+            return wide
+        shape = [keep.shape[0]] + [1] * (wide.ndim - 1)
+        shape[axis] = keep.shape[1]
+        return wide.masked_fill(~keep.reshape(shape), 0)
+    if keep is None:
+        reducer: dict[str, Callable[[], Tensor]] = {
+            "mean": lambda: wide.mean(axis),
+            "sum": lambda: wide.sum(axis),
+            "max": lambda: wide.amax(axis),
+        }
+        return reducer[read.reduce]()
+    shape = [keep.shape[0]] + [1] * (part.ndim - 1)
+    shape[axis] = keep.shape[1]
+    real = keep.reshape(shape)
+    if read.reduce == "max":
+        return wide.masked_fill(~real, -torch.inf).amax(axis)
+    total = wide.masked_fill(~real, 0).sum(axis)
+    if read.reduce == "sum":
+        return total
+    return total / keep.sum(1).reshape([-1] + [1] * (total.ndim - 1)).clamp_min(1)
+
+
+def join(parts: list[Tensor], read: Read) -> Tensor:
+    """One tensor from the parts of several forward calls (generation), joined along positions."""
+    if len(parts) == 1:
+        return parts[0]
+    axis = read.row.position_axis
+    assert axis is not None
+    if read.reduce in ("mean", "sum", "max"):
+        return torch.stack(parts, 1)
+    if read.row.axes[-1] == "key":
+        width = max(p.shape[-1] for p in parts)
+        parts = [torch.nn.functional.pad(p, (0, width - p.shape[-1])) for p in parts]
+    if read.site in ("k", "v"):
+        return parts[-1]  # the cache grows: the last call holds all keys
+    return torch.cat([p for p in parts if p.shape[axis]], dim=axis)

@@ -1,0 +1,288 @@
+"""One forward pass (or one generation) under a plan."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.batch import Batch
+from interp.edits import Edit
+from interp.engine.anatomy import Anatomy
+from interp.engine.entry import Entry, Prefix, check_entry, cropped, entered
+from interp.engine.hooks import attached
+from interp.engine.plan import make_plan
+from interp.engine.recorder import Recorder, Stop, check_no_nan, gather_positions, reduce_part
+from interp.errors import InputError, SettingsError, UnsupportedError
+from interp.reads import Read
+from interp.trace import Trace
+
+Metric = Callable[[Tensor], Tensor]
+_IMAGE_INPUTS = ("pixel", "image", "aspect_ratio", "cross_attention_mask")
+
+
+def parameters_of(module: nn.Module) -> set[str]:
+    """Names that a module's forward takes."""
+    return set(inspect.signature(module.forward).parameters)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where inputs have to be: the device of the first parameter that lies on a real device."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def run(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batch: Batch,
+    reads: Sequence[Read],
+    edits: Sequence[Edit] = (),
+    *,
+    gradients: Sequence[Read] = (),
+    metric: Metric | None = None,
+    entry: Entry | None = None,
+    cache: bool = False,
+    whole: bool = False,
+    to: torch.device | str | None = None,
+) -> Trace:
+    """Carry out one forward pass; see `Lens.run`. With `whole` it does not stop early."""
+    if bool(gradients) != (metric is not None):
+        raise SettingsError("gradients need a metric, and a metric is there for gradients: give both or neither.")
+    plan = make_plan(anatomy, reads, edits, gradients)
+    recorder = Recorder(plan, anatomy, batch, to=to)
+    takes = parameters_of(model)
+    inputs = dict(batch.inputs)
+    wants_logits = bool(plan.logits) or metric is not None
+    recorder.stop = bool(plan.work) and not (wants_logits or cache or whole)
+    recorder.with_graph = bool(gradients)
+    if not plan.work and not wants_logits and not cache:
+        raise SettingsError("nothing to do: give reads (or gradients, or cache=True).")
+    if entry is not None:
+        _enter_inputs(inputs, entry, anatomy, batch, recorder)
+    last_only = bool(plan.logits) and all(r.positions == "last" for r in plan.logits) and metric is None
+    if last_only and "logits_to_keep" in takes and batch.padding in (None, "left"):
+        inputs["logits_to_keep"] = 1
+    key_values = inputs.get("past_key_values")
+    if cache:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        key_values = DynamicCache()
+        if "encoder" in anatomy.towers and anatomy.main == "decoder":
+            key_values = EncoderDecoderCache(key_values, DynamicCache())
+        inputs["past_key_values"] = key_values
+    if "use_cache" in takes and "use_cache" not in inputs and (key_values is not None or _plain_attention(anatomy)):
+        inputs["use_cache"] = key_values is not None
+    out: Any = None
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
+        if gradients:
+            stack.enter_context(frozen(model))
+        stack.enter_context(entered(entry, anatomy))
+        stack.enter_context(attached(recorder))
+        seen = stack.enter_context(positions_seen(model, anatomy)) if cache else {}
+        with suppress(Stop):
+            out = model(**inputs)
+        found: dict[tuple[Read, int], Tensor] = {}
+        value: Tensor | None = None
+        if metric is not None:
+            value, found = _backward(recorder, gradients, metric, out.logits, anatomy)
+    values, valid = recorder.finish()
+    for read in plan.logits:
+        values[read, -1] = _logits(recorder, read, out.logits, "logits_to_keep" in inputs)
+    prefix = (
+        Prefix(key_values, seen.get("position_ids"), getattr(out, "encoder_last_hidden_state", None)) if cache else None
+    )
+    masks = {**dict.fromkeys(anatomy.towers), **recorder.masks, anatomy.main: batch.mask}
+    return Trace(
+        values, found, valid, masks, anatomy.main, anatomy.depth, prefix, None if value is None else value.detach()
+    )
+
+
+def _plain_attention(anatomy: Anatomy) -> bool:
+    """Whether every layer goes through transformers' attention table; elsewhere the cache decides which code runs."""
+    layers = anatomy.towers[anatomy.main].layers
+    return all(layer.attention for layer in layers if "mixer" not in layer.branches)
+
+
+def _enter_inputs(inputs: dict[str, Any], entry: Entry, anatomy: Anatomy, batch: Batch, recorder: Recorder) -> None:
+    width = batch.mask.shape[1]
+    has_images = batch.image_mask is not None and any(n.startswith(_IMAGE_INPUTS) for n in inputs)
+    check_entry(entry, anatomy, width if anatomy.main in ("text", "decoder") else None, has_images)
+    tower, _ = anatomy.tower(entry.tower)
+    below = sorted(i for t, _, i, s in recorder.plan.work if t == tower.name and i < tower.layer(entry.layer).index)
+    if below:
+        raise InputError(f"layer {below[0]} lies below layer {entry.layer}, where this run is entered.")
+    if tower.name != anatomy.main:
+        return
+    if entry.prefix is not None and entry.prefix.encoder_outputs is not None:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=entry.prefix.encoder_outputs)
+        for name in ("input_ids", "input_features"):
+            inputs.pop(name, None)
+    crossed = any("cross" in x.attention for x in tower.layers) and not getattr(
+        anatomy.towers.get("encoder"), "layers", None
+    )
+    if has_images and not crossed and not any(x.adjusted for x in tower.layers[tower.layer(entry.layer).index + 1 :]):
+        if entry.prefix is None or entry.prefix.position_ids is None:
+            raise InputError("entering a model with images needs the prefix of a full run (its position ids).")
+        for name in [n for n in inputs if n.startswith(_IMAGE_INPUTS)]:
+            del inputs[name]
+        inputs["position_ids"] = entry.prefix.position_ids
+    if entry.start == 0:
+        return
+    if crossed:
+        raise UnsupportedError("this model's cross-attention layers keep their keys apart: entry.start must be 0.")
+    assert entry.prefix is not None
+    for name, value in list(inputs.items()):
+        if (
+            isinstance(value, Tensor)
+            and name != "attention_mask"
+            and value.shape[-1:] == (width,)
+            and value.ndim in (2, 3)
+        ):
+            inputs[name] = value[..., entry.start :]
+    if "position_ids" not in inputs and entry.prefix.position_ids is not None:
+        inputs["position_ids"] = entry.prefix.position_ids[..., entry.start :]
+    inputs["past_key_values"] = cropped(entry.prefix, entry.start)
+    recorder.offset = entry.start
+
+
+@contextmanager
+def positions_seen(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[str, Tensor]]:
+    """Note the position ids that the model hands to the main tower's layers."""
+    seen: dict[str, Tensor] = {}
+    layer = anatomy.towers[anatomy.main].layers[0].module
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        value = kwargs.get("position_ids")
+        if isinstance(value, Tensor):
+            seen["position_ids"] = value
+
+    container = model.get_submodule(anatomy.towers[anatomy.main].container.rpartition(".")[0])
+    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in (layer, container)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of a run (dropout would make it a different function)."""
+    training = [m for m in model.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for parameters for the time of a run, which saves the memory of their graph."""
+    active = [p for p in model.parameters() if p.requires_grad]
+    for p in active:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in active:
+            p.requires_grad_(True)
+
+
+def _backward(
+    recorder: Recorder, gradients: Sequence[Read], metric: Metric, logits: Tensor, anatomy: Anatomy
+) -> tuple[Tensor, dict[tuple[Read, int], Tensor]]:
+    value = metric(logits)
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise SettingsError("the metric must return a tensor that depends on the logits it is given.")
+    if value.ndim > 1:
+        raise SettingsError(
+            f"the metric must return one number or one for each sample [batch], got {tuple(value.shape)}."
+        )
+    places = list(recorder.probes)
+    # Samples do not influence each other, so the gradient of the sum is each sample's own gradient.
+    grads = torch.autograd.grad(value.sum(), [recorder.probes[p] for p in places], allow_unused=True)
+    by_place = dict(zip(places, grads, strict=True))
+    out: dict[tuple[Read, int], Tensor] = {}
+    from interp.engine.plan import heads_of, layers_of
+
+    recorder.with_graph = False
+    for read in gradients:
+        tower, kind = anatomy.tower(read.tower)
+        for index in layers_of(anatomy, read):
+            place = (tower.name, kind, index, read.site) if read.row.per_layer else ("model", "model", -1, read.site)
+            grad = by_place[place]
+            grad = torch.zeros_like(recorder.probes[place]) if grad is None else grad
+            part, chosen = recorder.take(place, read.positions, heads_of(anatomy, read, index), grad)
+            axis = read.row.position_axis
+            assert axis is not None
+            keep = chosen.valid if chosen is not None and not chosen.uniform else None
+            out[read, index] = reduce_part(part, read, axis, keep).detach()
+            check_no_nan(out[read, index], read, index)
+    return value, out
+
+
+def _logits(recorder: Recorder, read: Read, logits: Tensor, kept_last: bool) -> Tensor:
+    if kept_last:
+        part, valid = logits[:, -1:], None
+    else:
+        chosen = recorder.selection(read.positions, "model", logits.shape[0], logits.shape[1], logits.device)
+        part = logits if chosen is None else gather_positions(logits, chosen.index, 1)
+        valid = None if chosen is None or chosen.uniform else chosen.valid
+        if valid is not None and read.reduce is None:
+            recorder.valid[read] = valid
+    part = reduce_part(part, read, 1, valid).detach()
+    # A NaN of the stream fills its whole row, one of the unembedding its whole column: one of each is enough.
+    if bool(part[..., 0].sum().isnan()) or bool(part.reshape(-1, part.shape[-1])[-1].sum().isnan()):
+        check_no_nan(part, read, -1)
+    return part if recorder.to is None else part.to(recorder.to)
+
+
+@contextmanager
+def stepping(model: nn.Module, recorder: Recorder, prompt: int) -> Iterator[None]:
+    """Count the forward calls of a generation and where in the sequence each begins."""
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        recorder.step += 1
+        recorder.offset = 0 if recorder.step == 1 else prompt + recorder.step - 2
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def generate(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batch: Batch,
+    reads: Sequence[Read],
+    edits: Sequence[Edit],
+    options: Mapping[str, Any],
+    to: torch.device | str | None = None,
+) -> tuple[Tensor, Trace]:
+    """Generate under a plan; see `Lens.generate`."""
+    plan = make_plan(anatomy, reads, edits)
+    recorder = Recorder(plan, anatomy, batch, generating=True, to=to)
+    if any(r.site == "logits" for r in reads):
+        raise SettingsError("generation does not keep logits; run the finished text once and read them there.")
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(stepping(model, recorder, batch.mask.shape[1]))
+        stack.enter_context(attached(recorder))
+        tokens = model.generate(**batch.inputs, **options)  # type: ignore[operator]
+    values, valid = recorder.finish()
+    masks = {**dict.fromkeys(anatomy.towers), **recorder.masks}
+    return tokens, Trace(values, {}, valid, masks, anatomy.main, anatomy.depth)

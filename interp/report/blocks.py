@@ -1,0 +1,150 @@
+"""What a report is made of: sections of blocks, and the provenance of the numbers."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+PACKAGES = ("interp", "torch", "transformers", "safetensors", "numpy", "pandas", "plotly")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain paragraphs: no markup is understood; an empty line starts a new paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A pandas frame, sortable in the page; its index is not shown.
+
+    Attributes:
+        frame: the rows.
+        caption: plain text above the table.
+        max_rows: at most this many rows are written; the page says so when some were left out.
+    """
+
+    frame: "pd.DataFrame"
+    caption: str = ""
+    max_rows: int = 500
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Figure:
+    """A plotly figure with a caption in plain text below it."""
+
+    figure: "go.Figure"
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValues:
+    """Names and values side by side; mappings and lists within are written as json."""
+
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A numbered list of texts, with their white space as it is.
+
+    Attributes:
+        texts: the texts.
+        caption: plain text above the list.
+        max_texts: at most this many are written; the page says so when some were left out.
+    """
+
+    texts: Sequence[str]
+    caption: str = ""
+    max_texts: int = 200
+
+
+Block = Text | Table | Figure | KeyValues | Prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled part of a report, listed in its table of contents.
+
+    Raises:
+        InputError: the title is empty, or something among the blocks is not a block.
+    """
+
+    title: str
+    blocks: Sequence[Block]
+
+    def __post_init__(self):
+        if not self.title.strip():
+            raise InputError("a section needs a title: the table of contents lists it.")
+        for block in self.blocks:
+            if not isinstance(block, Block):
+                known = "Text, Table, Figure, KeyValues, Prompts"
+                raise InputError(f"section {self.title!r} holds a {type(block).__name__}; its blocks are {known}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where the numbers of a report came from.
+
+    Attributes:
+        settings: everything that was chosen for the run.
+        seed: the seed of its random choices; None where there were none.
+        command: the command line; empty where it was no command.
+        date: when it was made, ISO 8601.
+        hardware: what it ran on.
+        versions: packages and their versions.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    command: str = ""
+    date: str = ""
+    hardware: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, settings: Mapping[str, Any], *, seed: int | None = None, command: str | None = None) -> "Provenance":
+        """The provenance of numbers made in this process, now: versions, hardware and date are looked up.
+
+        Args:
+            settings: everything that was chosen for the run.
+            seed: the seed of its random choices.
+            command: the command line; None takes the one of this process, with its program's name only.
+        """
+        if command is None:
+            command = shlex.join([Path(sys.argv[0] or "python").name, *sys.argv[1:]])
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(settings, seed, command, date, _hardware(), _versions())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware() -> str:
+    import torch
+
+    cores = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return "; ".join([cores, *(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))])

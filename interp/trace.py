@@ -1,0 +1,114 @@
+"""`Trace`: what a run returned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp.errors import UnknownNameError
+from interp.reads import Read
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Activations of one run, by read and layer.
+
+    `trace["resid_post", 3]` is one layer; `trace["resid_post"]` a dict of all layers that were read; `trace.logits`
+    the logits. A read that names more than its site is looked up by its whole string: `trace["pattern@last", 3]`
+    (just `trace["pattern", 3]` does as well, as long as only one read of the site was made).
+
+    Attributes:
+        values: tensors by read and layer (layer -1 for sites outside the layers).
+        gradients: the same for gradients, when some were asked for.
+        valid: for reads at positions that differ in number between samples, which entries are real [batch, n].
+        masks: real positions of each tower's stream [batch, pos]; None where all are real.
+        main: name of the main tower.
+        depth: number of layers of each tower.
+        cache: the key/value cache, when it was asked for.
+        metric: the metric's values [batch] or scalar, when gradients were asked for.
+    """
+
+    values: Mapping[tuple[Read, int], Tensor]
+    gradients: Mapping[tuple[Read, int], Tensor] = field(default_factory=dict)
+    valid: Mapping[Read, Bool[Tensor, "batch n"]] = field(default_factory=dict)
+    masks: Mapping[str, Tensor | None] = field(default_factory=dict)
+    main: str = "text"
+    depth: Mapping[str, int] = field(default_factory=dict)
+    cache: Any = None
+    metric: Tensor | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        """The tensor of (read, layer), or the dict of all layers of a read."""
+        return _lookup(self.values, key, "read", self.main, self.depth)
+
+    def gradient(self, site: str | Read, layer: int | None = None) -> Any:
+        """The gradient of the metric with respect to a site, in the site's shape."""
+        return _lookup(self.gradients, site if layer is None else (site, layer), "gradient", self.main, self.depth)
+
+    @property
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
+        """The logits, if the read `logits` was made."""
+        return self["logits", -1]
+
+    def mask(self, tower: str | None = None) -> Bool[Tensor, "batch pos"] | None:
+        """The real positions of a tower's stream; None where all are real."""
+        return self.masks.get(tower or self.main)
+
+    def keys(self) -> Iterator[tuple[Read, int]]:
+        """(read, layer) of every tensor."""
+        return iter(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in [*self.values.values(), *self.gradients.values()])
+
+    def __repr__(self) -> str:
+        """Reads and sizes."""
+        reads: dict[str, list[int]] = {}
+        for read, layer in self.values:
+            reads.setdefault(str(read), []).append(layer)
+        inner = ", ".join(f"{r} x{len(ls)}" for r, ls in reads.items())
+        return f"Trace({inner}; {self.nbytes / 2**20:.1f} MiB)"
+
+
+def _lookup(table: Mapping[tuple[Read, int], Tensor], key: Any, what: str, main: str, depth: Mapping[str, int]) -> Any:
+    site, layer = key if isinstance(key, tuple) else (key, None)
+    wanted = Read.of(site)
+    if not wanted.row.per_layer:
+        layer = -1
+    elif layer is None and wanted.layers is not None and len(wanted.layers) == 1:
+        layer = wanted.layers[0]
+    if layer is not None and layer < 0 and wanted.row.per_layer:
+        layer += depth.get(main if wanted.tower in (None, "cross") else wanted.tower, 0)
+    reads = list(dict.fromkeys(r for r, _ in table))
+    found = [r for r in reads if r == wanted or str(r) == str(wanted)]
+    if not found:
+        bare = wanted.positions == "all" if isinstance(wanted.positions, str) else False
+        same = [r for r in reads if r.site == wanted.site and (r.tower or main) == (wanted.tower or main)]
+        if bare and wanted.heads is None and wanted.reduce is None:
+            plain = [r for r in same if r.but(layers=None, tower=None) == wanted.but(layers=None, tower=None)]
+            found = plain or same
+        else:
+            found = [r for r in same if r.but(layers=None, tower=None) == wanted.but(layers=None, tower=None)]
+    made = ", ".join(dict.fromkeys(map(str, reads))) or "none"
+    if not found:
+        raise UnknownNameError(f"{what} {str(site)!r} is not in this trace. It holds: {made}.")
+    hits = {(r, n): t for (r, n), t in table.items() if r in found}
+    if layer is None:
+        if len({r for r, _ in hits}) > 1:
+            raise UnknownNameError(
+                f"{what} {str(site)!r} is ambiguous here; name one of: {', '.join(map(str, found))}."
+            )
+        return {n: t for (_, n), t in hits.items()}
+    layers = sorted({n for _, n in hits})
+    ours = [t for (r, n), t in hits.items() if n == layer]
+    if not ours:
+        raise UnknownNameError(f"layer {layer} of {str(site)!r} was not read; read were: {layers}.")
+    if len(ours) > 1:
+        raise UnknownNameError(f"{what} {str(site)!r} is ambiguous here; name one of: {', '.join(map(str, found))}.")
+    return ours[0]
