@@ -131,12 +131,15 @@ class Provenance:
 
 
 def _versions() -> dict[str, str]:
+    import torch
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # names the CUDA build, which the package's metadata may leave out
     return found
 
 
