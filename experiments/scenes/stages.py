@@ -1,0 +1,184 @@
+"""The three stages of training: what a step computes, on which scenes, at which rate.
+
+1. vision: the tower alone learns the object class of every patch. Then it is frozen.
+2. match: the text model learns "is there a ...?", on the objects of two themes first, of more as it masters them.
+   Learned together with captions from the start, these questions stay on the prior of the language for long.
+3. all: every kind of question and captions together, each task's loss averaged by itself.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from experiments.scenes.pool import NOTHING, Pool, to_input
+from experiments.scenes.texts import PREFIX, TASKS, Packed, Turn, all_turns, existence_turns, pack
+from interp.data import scenes
+
+WIDENINGS = (2, 4, 8)
+"""How many themes the match stage works on, one after the other."""
+
+MASTERED = 0.85
+"""The share of right answers (running mean) at which the match stage goes on to more themes, and at last ends."""
+
+
+class Parts(nn.Module):
+    """The model, and the head that only the vision stage needs."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(model.config.vision_config.hidden_size, NOTHING + 1)
+
+
+@dataclass
+class Course:
+    """What all steps share, and what changes as training goes on (`state`, kept in the checkpoint)."""
+
+    parts: Parts
+    words: PreTrainedTokenizerFast
+    pool: Pool
+    seed: int
+    device: torch.device
+    features: Tensor | None = None
+    state: dict[str, Any] = field(default_factory=lambda: {"stage": 0, "step": 0, "widening": 0, "right": 0.5})
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage: its steps, scenes a step, peak rate, whether the rate falls to zero (else constant), and its step."""
+
+    name: str
+    steps: int
+    batch: int
+    rate: float
+    falls: bool
+    step: "Callable[[Course, Stage, np.random.Generator], dict[str, Tensor]]"
+    parameters: Callable[[Parts], list[nn.Parameter]]
+    warmup: int = 60
+
+    def is_done(self, course: Course) -> bool:
+        """Whether all steps are made, or the match stage has mastered all themes."""
+        return course.state["step"] >= self.steps or (
+            self.name == "match" and course.state["widening"] == len(WIDENINGS)
+        )
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        if not self.falls:
+            return self.rate
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def vision_step(course: Course, stage: Stage, random: np.random.Generator) -> dict[str, Tensor]:
+    """The loss of the patches' classes; half of the pictures are mirrored, for a larger variety."""
+    chosen = torch.from_numpy(random.integers(len(course.pool.scenes), size=stage.batch))
+    pixels, classes = course.pool.pixels[chosen], course.pool.classes[chosen]
+    mirrored = torch.from_numpy(random.random(stage.batch) < 0.5)
+    side = math.isqrt(classes.shape[1])
+    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
+    classes = torch.where(mirrored[:, None], classes.unflatten(1, (side, side)).flip(2).flatten(1), classes)
+    patches = see(course.parts.model, pixels.to(course.device))
+    guesses, truth = course.parts.head(patches).flatten(0, 1), classes.flatten().to(course.device)
+    weight = torch.ones(NOTHING + 1, device=course.device)
+    weight[NOTHING] = 0.3
+    loss = cross_entropy(guesses, truth, weight=weight)
+    objects = truth != NOTHING
+    return {"loss": loss, "patches": (guesses.argmax(-1) == truth)[objects].float().mean()}
+
+
+def match_step(course: Course, stage: Stage, random: np.random.Generator) -> dict[str, Tensor]:
+    """The loss of yes and no, on scenes of the themes that are open; opens more when these are mastered."""
+    themes = list(scenes.THEMES)[: WIDENINGS[course.state["widening"]]]
+    names = [name for theme in themes for name in scenes.THEMES[theme]]
+    chosen = []
+    while len(chosen) < stage.batch:
+        index = int(random.integers(len(course.pool.scenes)))
+        if course.pool.scenes[index].themes[0] in themes:
+            chosen.append(index)
+    turns = [existence_turns(course.pool.scenes[i], random, names=names, most=4) for i in chosen]
+    result = text_losses(course, chosen, turns)
+    right = 0.97 * course.state["right"] + 0.03 * float(result["existence_right"])
+    course.state["right"] = right
+    if right > MASTERED:
+        course.state |= {"widening": course.state["widening"] + 1, "right": 0.5}
+    return {**result, "themes": torch.tensor(float(len(themes)))}
+
+
+def all_step(course: Course, stage: Stage, random: np.random.Generator) -> dict[str, Tensor]:
+    """The loss of every task, summed: each is a mean over its own tokens, so that rare tasks count as much."""
+    chosen = random.integers(len(course.pool.scenes), size=stage.batch).tolist()
+    return text_losses(course, chosen, [all_turns(course.pool.scenes[i], random) for i in chosen])
+
+
+def text_losses(course: Course, chosen: list[int], turns: list[list[Turn]]) -> dict[str, Tensor]:
+    """The summed loss, and for each task its loss and the share of answer tokens that are right."""
+    packed = pack(turns, course.words).to(course.device)
+    logits = answer_logits(course.parts.model, features(course)[chosen].to(course.device).float(), packed)
+    result: dict[str, Tensor] = {}
+    places = packed.targets >= 0
+    truth, tasks = packed.targets[places], packed.tasks[places]
+    for number, task in enumerate(TASKS):
+        mine = tasks == number
+        if mine.any():
+            result[task] = cross_entropy(logits[mine], truth[mine])
+            # The end of the sequence follows every answer: counting it would flatter.
+            answers = mine & (truth != course.words.eos_token_id)
+            result[f"{task}_right"] = (logits[answers].argmax(-1) == truth[answers]).float().mean()
+    return {"loss": torch.stack([result[task] for task in TASKS if task in result]).sum(), **result}
+
+
+def answer_logits(model: LlavaForConditionalGeneration, seen: Tensor, packed: Packed) -> Tensor:
+    """Logits [answer tokens, words] at the places of `packed.targets`, from features of patches [batch, patches, d]."""
+    embed = model.get_input_embeddings()
+    begin = torch.full((len(seen), 1), model.config.text_config.bos_token_id, device=seen.device)
+    inputs = torch.cat([embed(begin), model.model.multi_modal_projector(seen), embed(packed.tokens)], 1)
+    positions = torch.arange(PREFIX, device=seen.device).expand(len(seen), -1)
+    mask = torch.zeros(packed.mask.shape, device=seen.device).masked_fill(~packed.mask, torch.finfo(torch.float32).min)
+    hidden = model.model.language_model(
+        inputs_embeds=inputs, attention_mask=mask, position_ids=torch.cat([positions, packed.positions], 1)
+    ).last_hidden_state
+    return model.lm_head(hidden[:, PREFIX:][packed.targets >= 0])
+
+
+def see(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """What the projector is given: the tower's patches [batch, patches, d] for pixels uint8 [batch, h, w, 3]."""
+    return model.model.vision_tower(to_input(pixels)).last_hidden_state[:, 1:]
+
+
+def features(course: Course) -> Tensor:
+    """The features of the whole pool, float16 [n, patches, d], computed once: the tower is frozen by now."""
+    if course.features is None:
+        with torch.inference_mode():
+            parts = [see(course.parts.model, p.to(course.device)).half().cpu() for p in course.pool.pixels.split(128)]
+        course.features = torch.cat(parts).clone()
+    return course.features
+
+
+def _vision_parameters(parts: Parts) -> list[nn.Parameter]:
+    return [*parts.model.model.vision_tower.parameters(), *parts.head.parameters()]
+
+
+def _text_parameters(parts: Parts) -> list[nn.Parameter]:
+    inner = parts.model.model
+    return [
+        *inner.multi_modal_projector.parameters(),
+        *inner.language_model.parameters(),
+        *parts.model.lm_head.parameters(),
+    ]
+
+
+STAGES = (
+    Stage("vision", 1600, 64, 1.5e-3, True, vision_step, _vision_parameters),
+    Stage("match", 1200, 32, 5e-4, False, match_step, _text_parameters),
+    Stage("all", 1800, 32, 1e-3, True, all_step, _text_parameters),
+)
