@@ -178,7 +178,7 @@ def _text_parameters(parts: Parts) -> list[nn.Parameter]:
 
 
 STAGES = (
-    Stage("vision", 1600, 64, 1.5e-3, True, vision_step, _vision_parameters),
+    Stage("vision", 1200, 64, 1.5e-3, True, vision_step, _vision_parameters),
     Stage("match", 1200, 32, 5e-4, False, match_step, _text_parameters),
     Stage("all", 1800, 32, 1e-3, True, all_step, _text_parameters),
 )
