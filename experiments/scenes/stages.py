@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from experiments.scenes.pool import NOTHING, Pool, to_input
-from experiments.scenes.texts import PREFIX, TASKS, Packed, Turn, all_turns, existence_turns, pack
+from experiments.scenes.texts import TASKS, Packed, Turn, all_turns, existence_turns, pack
 from interp.data import scenes
 
 WIDENINGS = (2, 4, 8)
@@ -123,7 +123,14 @@ def all_step(course: Course, stage: Stage, random: np.random.Generator) -> dict[
 def text_losses(course: Course, chosen: list[int], turns: list[list[Turn]]) -> dict[str, Tensor]:
     """The summed loss, and for each task its loss and the share of answer tokens that are right."""
     packed = pack(turns, course.words).to(course.device)
-    logits = answer_logits(course.parts.model, features(course)[chosen].to(course.device).float(), packed)
+    model, seen = course.parts.model, features(course)[chosen].to(course.device).float()
+    begin = torch.full((len(seen), 1), course.words.bos_token_id, device=course.device)
+    prefix = torch.cat([model.get_input_embeddings()(begin), model.model.multi_modal_projector(seen)], 1)
+    return task_losses(answer_logits(model, prefix, packed), packed, course.words.eos_token_id)
+
+
+def task_losses(logits: Tensor, packed: Packed, end: int) -> dict[str, Tensor]:
+    """Each task's mean loss and share of right answer tokens, and the sum of the losses."""
     result: dict[str, Tensor] = {}
     places = packed.targets >= 0
     truth, tasks = packed.targets[places], packed.tasks[places]
@@ -132,22 +139,22 @@ def text_losses(course: Course, chosen: list[int], turns: list[list[Turn]]) -> d
         if mine.any():
             result[task] = cross_entropy(logits[mine], truth[mine])
             # The end of the sequence follows every answer: counting it would flatter.
-            answers = mine & (truth != course.words.eos_token_id)
+            answers = mine & (truth != end)
             result[f"{task}_right"] = (logits[answers].argmax(-1) == truth[answers]).float().mean()
     return {"loss": torch.stack([result[task] for task in TASKS if task in result]).sum(), **result}
 
 
-def answer_logits(model: LlavaForConditionalGeneration, seen: Tensor, packed: Packed) -> Tensor:
-    """Logits [answer tokens, words] at the places of `packed.targets`, from features of patches [batch, patches, d]."""
-    embed = model.get_input_embeddings()
-    begin = torch.full((len(seen), 1), model.config.text_config.bos_token_id, device=seen.device)
-    inputs = torch.cat([embed(begin), model.model.multi_modal_projector(seen), embed(packed.tokens)], 1)
-    positions = torch.arange(PREFIX, device=seen.device).expand(len(seen), -1)
-    mask = torch.zeros(packed.mask.shape, device=seen.device).masked_fill(~packed.mask, torch.finfo(torch.float32).min)
+def answer_logits(model: LlavaForConditionalGeneration, prefix: Tensor, packed: Packed) -> Tensor:
+    """Logits [answer tokens, words] at the places of `packed.targets`, after the prefix's embeddings [batch, n, d]."""
+    inputs = torch.cat([prefix, model.get_input_embeddings()(packed.tokens)], 1)
+    positions = torch.arange(prefix.shape[1], device=prefix.device).expand(len(prefix), -1)
+    mask = torch.zeros(packed.mask.shape, device=inputs.device, dtype=inputs.dtype)
     hidden = model.model.language_model(
-        inputs_embeds=inputs, attention_mask=mask, position_ids=torch.cat([positions, packed.positions], 1)
+        inputs_embeds=inputs,
+        attention_mask=mask.masked_fill(~packed.mask, torch.finfo(inputs.dtype).min),
+        position_ids=torch.cat([positions, packed.positions], 1),
     ).last_hidden_state
-    return model.lm_head(hidden[:, PREFIX:][packed.targets >= 0])
+    return model.lm_head(hidden[:, prefix.shape[1] :][packed.targets >= 0])
 
 
 def see(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
@@ -178,7 +185,7 @@ def _text_parameters(parts: Parts) -> list[nn.Parameter]:
 
 
 STAGES = (
-    Stage("vision", 1200, 64, 1.5e-3, True, vision_step, _vision_parameters),
+    Stage("vision", 1000, 64, 1.5e-3, True, vision_step, _vision_parameters),
     Stage("match", 1200, 32, 5e-4, False, match_step, _text_parameters),
     Stage("all", 1800, 32, 1e-3, True, all_step, _text_parameters),
 )

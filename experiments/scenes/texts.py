@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from experiments.scenes.model import END, PATCHES
+from experiments.scenes.model import PATCHES
 from interp.data import scenes
 
 TASKS = ("existence", "count", "color", "position", "caption")
 PREFIX = 1 + PATCHES
-"""Tokens before the first turn: the beginning of the sequence and the picture."""
+"""Tokens of the scenes model before the first turn: the beginning of the sequence and the picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Packed:
     """Turns of a batch of scenes as tensors, all but `mask` of shape [batch, length].
 
     `tokens` and `positions`; `targets`: the token to predict at each place (-100: none), `tasks` its task (-1: none);
-    `mask`: bool [batch, 1, PREFIX + length, PREFIX + length], true where a query may look.
+    `mask`: bool [batch, 1, prefix + length, prefix + length], true where a query may look.
     """
 
     tokens: Tensor
@@ -74,29 +74,29 @@ def _turn(question: scenes.SceneQuestion) -> Turn:
     return Turn(question.text, question.answer, TASKS.index(question.task))
 
 
-def pack(batch: Sequence[Sequence[Turn]], words: PreTrainedTokenizerFast) -> Packed:
-    """The turns of each scene one after the other, padded to the longest."""
-    rows = [_row(turns, words) for turns in batch]
+def pack(batch: Sequence[Sequence[Turn]], words: PreTrainedTokenizerFast, *, prefix: int = PREFIX) -> Packed:
+    """The turns of each scene one after the other, padded to the longest, after `prefix` tokens that all share."""
+    rows = [_row(turns, words, prefix) for turns in batch]
     length = max(len(row[0]) for row in rows)
-    fill = (words.pad_token_id, PREFIX, -100, -1, -1)
+    fill = (words.pad_token_id, prefix, -100, -1, -1)
     tokens, positions, targets, tasks, owners = (
         torch.tensor([row[i] + [fill[i]] * (length - len(row[i])) for row in rows]) for i in range(5)
     )
-    owner = torch.cat([torch.full((len(rows), PREFIX), -2), owners], 1)  # -2: the picture, seen by all
-    whole = PREFIX + length
+    owner = torch.cat([torch.full((len(rows), prefix), -2), owners], 1)  # -2: the picture, seen by all
+    whole = prefix + length
     causal = torch.ones(whole, whole, dtype=torch.bool).tril()
     mine = (owner[:, :, None] == owner[:, None, :]) | (owner == -2)[:, None, :]
     return Packed(tokens, positions, targets, tasks, (causal & mine)[:, None])
 
 
-def _row(turns: Sequence[Turn], words: PreTrainedTokenizerFast) -> tuple[list[int], ...]:
+def _row(turns: Sequence[Turn], words: PreTrainedTokenizerFast, prefix: int) -> tuple[list[int], ...]:
     tokens, positions, targets, tasks, owners = [], [], [], [], []
     for number, turn in enumerate(turns):
-        prompt = words(turn.prompt, add_special_tokens=False)["input_ids"]
-        answer = words(f"{turn.answer} {END}", add_special_tokens=False)["input_ids"]
+        prompt = words(f" {turn.prompt}", add_special_tokens=False)["input_ids"]
+        answer = [*words(f" {turn.answer}", add_special_tokens=False)["input_ids"], words.eos_token_id]
         whole = [*prompt, *answer]
         tokens += whole
-        positions += range(PREFIX, PREFIX + len(whole))
+        positions += range(prefix, prefix + len(whole))
         targets += [*[-100] * (len(prompt) - 1), *answer, -100]
         tasks += [*[-1] * (len(prompt) - 1), *[turn.task] * len(answer), -1]
         owners += [number] * len(whole)

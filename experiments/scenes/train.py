@@ -9,6 +9,7 @@ Uses a GPU where there is one; on 2 CPU cores it takes about an hour and a half.
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,10 +43,12 @@ def optimiser(run: Course, stage: Stage) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))
 
 
-def steps(run: Course, stages: tuple[Stage, ...] = STAGES, *, state: Path | None = None) -> Any:
+def steps(
+    run: Course, stages: tuple[Stage, ...] = STAGES, *, state: Path | None = None, keep_every: int = KEEP_EVERY
+) -> Iterator[dict[str, Any]]:
     """Train, and give the numbers of each step (stage, step, loss, ...) as they come.
 
-    With `state`, the run goes on from that file if it exists, and is written to it every KEEP_EVERY steps.
+    With `state`, the run goes on from that file if it exists, and is written to it every `keep_every` steps.
     """
     adam: torch.optim.AdamW | None = None
     if state is not None and state.exists():
@@ -60,7 +63,7 @@ def steps(run: Course, stages: tuple[Stage, ...] = STAGES, *, state: Path | None
             number = run.state["step"]
             yield {"stage": stage.name, "step": number, **_step(run, stage, adam, number)}
             run.state["step"] = number + 1
-            if state is not None and run.state["step"] % KEEP_EVERY == 0:
+            if state is not None and run.state["step"] % keep_every == 0:
                 save_state(state, run.parts, adam, run.state)
         run.state |= {"stage": run.state["stage"] + 1, "step": 0}
         adam = None

@@ -5,7 +5,7 @@ from types import MappingProxyType
 SIDE = 72
 """Height and width of a scene in pixels."""
 
-SIZES = (10, 19)
+SIZES = (8, 17)
 """Smallest and largest length of an object's longer side in pixels."""
 
 _CATEGORIES = {

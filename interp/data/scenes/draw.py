@@ -16,18 +16,18 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 COUNTS = (0.12, 0.22, 0.28, 0.24, 0.14)
 """The probability of 1, 2, ... objects wanted in a scene (fewer stand there where no place is found)."""
 
-WITH_PARTNER = 0.85
+WITH_PARTNER = 0.88
 """How often an object's partner comes with it, where there is room for one more."""
 
-IN_THEME = 0.8
+IN_THEME = 0.85
 """How often a further object is drawn from the scene's theme rather than from all others."""
 
 HIDDEN = 0.12
 """The largest share of an object that others may cover."""
 
 _TRIES = 60
-_NOISE = 20.0
-_OBJECT_NOISE = 36.0
+_NOISE = 24.0
+_OBJECT_NOISE = 44.0
 
 
 def scene(split: Split, index: int, *, seed: int = 0) -> Scene:
