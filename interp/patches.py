@@ -46,6 +46,11 @@ class Patches:
         """Number of image tokens."""
         return len(self.kind)
 
+    def __repr__(self) -> str:
+        """In one line: thousands of rows would help nobody."""
+        kinds = ", ".join(f"{self.kind.count(kind)} {kind}" for kind in dict.fromkeys(self.kind)) or "none"
+        return f"Patches(image tokens by kind: {kinds}; images of each sample: {[len(s) for s in self.sizes]})"
+
     def where(self, keep: Sequence[Any] | Tensor) -> "Patches":
         """The rows marked in `keep` [n]."""
         index = torch.as_tensor(keep, dtype=torch.bool).nonzero()[:, 0]

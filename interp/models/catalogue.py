@@ -5,7 +5,7 @@ from typing import Literal
 
 from interp.errors import unknown
 
-Kind = Literal["decoder", "encoder", "vision", "encoder-decoder", "tracr"]
+Kind = Literal["decoder", "encoder", "vision", "encoder-decoder", "vision-language", "tracr"]
 
 
 @dataclass(frozen=True, slots=True)

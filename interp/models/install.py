@@ -53,7 +53,7 @@ def source_files(model: PackagedModel) -> dict[str, Path]:
         FileError: the package is installed but lacks a file.
     """
     if model.bundled:
-        found = {file.name: Path(__file__).with_name(file.path) for file in model.files}
+        found = {file.name: Path(__file__).parent / file.path for file in model.files}
     else:
         version = installed_version(model.package)
         if version != model.version:
