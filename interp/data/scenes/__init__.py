@@ -24,7 +24,7 @@ from interp.data.scenes.dataset import dataset, record
 from interp.data.scenes.draw import SPLITS, Split, compose, scene, scenes
 from interp.data.scenes.questions import (
     CAPTION_PROMPT,
-    QUESTION,
+    TEMPLATE,
     SceneQuestion,
     colour,
     count,
@@ -41,10 +41,10 @@ __all__ = [
     "COLOURS",
     "NAMES",
     "PARTNER",
-    "QUESTION",
     "SIDE",
     "SIZES",
     "SPLITS",
+    "TEMPLATE",
     "THEMES",
     "THEME_WEIGHTS",
     "Placed",

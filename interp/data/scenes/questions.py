@@ -10,8 +10,8 @@ from interp.data.scenes.scene import Scene, article
 CAPTION_PROMPT = "describe the image ."
 """What the scenes model was trained to answer with a caption."""
 
-QUESTION = "is there {article} {name} in the image ?"
-"""The form of a question after an object; `existence(name)` fills it in."""
+TEMPLATE = "is there a {name} in the image ?"
+"""The form of a question after an object; `existence(name)` fills it in, with "an" where that is right."""
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 """How counts are written."""
@@ -33,7 +33,7 @@ class SceneQuestion:
 
 def existence(name: str) -> str:
     """The question after one object: `"is there a dog in the image ?"`."""
-    return QUESTION.format(article=article(name), name=name)
+    return TEMPLATE.replace(" a ", f" {article(name)} ").format(name=name)
 
 
 def exists(scene: Scene, name: str) -> SceneQuestion:
