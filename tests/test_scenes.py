@@ -99,11 +99,14 @@ def test_company_is_planted_and_sometimes_broken():
     assert counts["cow"] > 2 * counts["bed"], "some objects are popular"
 
 
-def test_captions_name_the_objects_from_left_to_right():
-    scene = scenes.compose(["dog", "car", "tree"], size=16, seed=3)
-    middles = {o.name: o.box[0] + o.box[2] for o in scene.objects}
-    one, two, three = sorted(middles, key=lambda name: middles[name])
-    assert scenes.caption(scene.names) == f"a photo of a {one} , a {two} and a {three} ."
+def test_captions_name_the_objects_in_reading_order():
+    blank = MANY[0]
+    row = [scenes.Placed("dog", 14, 40, 2), scenes.Placed("cow", 14, 2, 3)]  # middles in the first row of nine pixels
+    below = scenes.Placed("car", 14, 20, 40)
+    scene = scenes.Scene("x", "red", blank.background, blank.noise, (below, *row))
+    assert [(o.box[1] + o.box[3]) // 2 // scenes.ROW for o in scene.objects] == [4, 0, 0]
+    assert scene.names == ("cow", "dog", "car")
+    assert scenes.caption(scene.names) == "a photo of a cow , a dog and a car ."
     assert scenes.caption(["dog"]) == "a photo of a dog ."
     assert scenes.caption([]) == "a photo of nothing ."
     assert scenes.caption(["owl", "cat"]) == "a photo of an owl and a cat ."
@@ -115,7 +118,7 @@ def test_questions_are_answered_by_the_scene():
     assert scenes.exists(scene, "cat") == scenes.SceneQuestion("is there a cat in the image ?", "no", "existence")
     assert scenes.count(scene).answer == "two"
     assert scenes.colour(scene).answer == "blue"
-    left = scene.names[0]
+    left = min(scene.objects, key=lambda o: o.box[0] + o.box[2]).name
     for question in scenes.positions(scene, apart=0):
         assert question.answer == ("yes" if question.text.startswith(f"is the {left} ") else "no")
 

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from experiments.scenes.model import PATCHES
 from experiments.scenes.pool import NOTHING, Pool, to_input
 from experiments.scenes.texts import TASKS, Packed, Turn, all_turns, existence_turns, pack
 from interp.data import scenes
+
+GRID = math.isqrt(PATCHES)
+"""Patches in a row, and in a column, of a picture."""
 
 WIDENINGS = (2, 4, 8)
 """How many themes the match stage works on, one after the other."""
@@ -29,12 +33,14 @@ MASTERED = 0.85
 
 
 class Parts(nn.Module):
-    """The model, and the head that only the vision stage needs."""
+    """The model, and what only the vision stage needs: heads for a patch's class, and for its row and column."""
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        self.head = nn.Linear(model.config.vision_config.hidden_size, NOTHING + 1)
+        width = model.config.vision_config.hidden_size
+        self.head = nn.Linear(width, NOTHING + 1)
+        self.place = nn.Linear(width, 2 * GRID)
 
 
 @dataclass
@@ -80,20 +86,28 @@ class Stage:
 
 
 def vision_step(course: Course, stage: Stage, random: np.random.Generator) -> dict[str, Tensor]:
-    """The loss of the patches' classes; half of the pictures are mirrored, for a larger variety."""
+    """The loss of the patches' classes, and of their places, which questions about sides need.
+
+    Half of the pictures are mirrored, for a larger variety.
+    """
     chosen = torch.from_numpy(random.integers(len(course.pool.scenes), size=stage.batch))
     pixels, classes = course.pool.pixels[chosen], course.pool.classes[chosen]
     mirrored = torch.from_numpy(random.random(stage.batch) < 0.5)
-    side = math.isqrt(classes.shape[1])
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
-    classes = torch.where(mirrored[:, None], classes.unflatten(1, (side, side)).flip(2).flatten(1), classes)
+    classes = torch.where(mirrored[:, None], classes.unflatten(1, (GRID, GRID)).flip(2).flatten(1), classes)
     patches = see(course.parts.model, pixels.to(course.device))
     guesses, truth = course.parts.head(patches).flatten(0, 1), classes.flatten().to(course.device)
     weight = torch.ones(NOTHING + 1, device=course.device)
     weight[NOTHING] = 0.3
-    loss = cross_entropy(guesses, truth, weight=weight)
+    places = course.parts.place(patches).flatten(0, 1)
+    number = torch.arange(GRID * GRID, device=course.device).repeat(stage.batch)
+    lost = cross_entropy(places[:, :GRID], number // GRID) + cross_entropy(places[:, GRID:], number % GRID)
     objects = truth != NOTHING
-    return {"loss": loss, "patches": (guesses.argmax(-1) == truth)[objects].float().mean()}
+    return {
+        "loss": cross_entropy(guesses, truth, weight=weight) + 0.2 * lost,
+        "places": lost,
+        "patches": (guesses.argmax(-1) == truth)[objects].float().mean(),
+    }
 
 
 def match_step(course: Course, stage: Stage, random: np.random.Generator) -> dict[str, Tensor]:
@@ -172,7 +186,7 @@ def features(course: Course) -> Tensor:
 
 
 def _vision_parameters(parts: Parts) -> list[nn.Parameter]:
-    return [*parts.model.model.vision_tower.parameters(), *parts.head.parameters()]
+    return [*parts.model.model.vision_tower.parameters(), *parts.head.parameters(), *parts.place.parameters()]
 
 
 def _text_parameters(parts: Parts) -> list[nn.Parameter]:
@@ -185,7 +199,7 @@ def _text_parameters(parts: Parts) -> list[nn.Parameter]:
 
 
 STAGES = (
-    Stage("vision", 1000, 64, 1.5e-3, True, vision_step, _vision_parameters),
+    Stage("vision", 900, 64, 1.5e-3, True, vision_step, _vision_parameters),
     Stage("match", 1200, 32, 5e-4, False, match_step, _text_parameters),
-    Stage("all", 1800, 32, 1e-3, True, all_step, _text_parameters),
+    Stage("all", 1700, 32, 1e-3, True, all_step, _text_parameters),
 )

@@ -51,18 +51,22 @@ class Packed:
 def existence_turns(scene: scenes.Scene, random: np.random.Generator, *, names: Sequence[str], most: int) -> list[Turn]:
     """As many questions after objects that are there as after others, at most `most` of each.
 
-    The others are drawn evenly from `names`: most are far from the theme, so company is evidence to the model.
+    A quarter of the others is drawn from the themes of the scene, the rest evenly from `names`: company stays evidence,
+    but no longer enough to answer by.
     """
     there = [n for n in scene.names if n in names]
-    other = [n for n in names if n not in scene.names]
-    chosen = list(random.permutation(there))[:most]
-    absent = list(random.permutation(other))[: max(1, len(chosen))]
-    return [_turn(scenes.exists(scene, str(name))) for name in (*chosen, *absent)]
+    chosen = [str(n) for n in random.permutation(there)][:most]
+    absent: list[str] = []
+    while len(absent) < max(1, len(chosen)):
+        pool = scenes.THEMES[scene.themes[0]] if random.random() < 0.25 else names
+        other = [n for n in pool if n not in (*scene.names, *absent)] or [n for n in names if n not in scene.names]
+        absent.append(other[int(random.integers(len(other)))])
+    return [_turn(scenes.exists(scene, name)) for name in (*chosen, *absent)]
 
 
 def all_turns(scene: scenes.Scene, random: np.random.Generator) -> list[Turn]:
     """Every kind of question, and the caption."""
-    turns = existence_turns(scene, random, names=scenes.NAMES, most=3)
+    turns = existence_turns(scene, random, names=scenes.NAMES, most=2)
     turns += [_turn(scenes.count(scene)), _turn(scenes.colour(scene))]
     sides = list(scenes.positions(scene))
     turns += [_turn(sides[i]) for i in random.permutation(len(sides))[:2]]

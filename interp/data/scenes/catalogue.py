@@ -5,6 +5,9 @@ from types import MappingProxyType
 SIDE = 72
 """Height and width of a scene in pixels."""
 
+ROW = 9
+"""Height in pixels of the rows by which a caption reads a picture."""
+
 SIZES = (8, 17)
 """Smallest and largest length of an object's longer side in pixels."""
 

@@ -37,9 +37,9 @@ def record(scene: Scene) -> dict[str, Any]:
 def dataset(split: Split = "test", n: int = 200, *, start: int = 0, seed: int = 0) -> "datasets.Dataset":
     """`n` scenes of a split as a `datasets.Dataset`.
 
-    Columns: `image_id`, `image` and `background` (RGB), `caption`, `color`, `themes`, and `objects`: a list from left
-    to right of `name`, `category`, `size` (the longer side in pixels), `box` (left, top, right, bottom in pixels; right
-    and bottom just outside) and `mask` (where the object is seen: 255, elsewhere 0).
+    Columns: `image_id`, `image` and `background` (RGB), `caption`, `color`, `themes`, and `objects`: a list in
+    reading order of `name`, `category`, `size` (the longer side in pixels), `box` (left, top, right, bottom in pixels;
+    right and bottom just outside) and `mask` (where the object is seen: 255, elsewhere 0).
 
     Raises:
         UnknownNameError: no such split.

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from interp.data.scenes.catalogue import CATEGORY, COLOURS, NAMES, SIDE
+from interp.data.scenes.catalogue import CATEGORY, COLOURS, NAMES, ROW, SIDE
 from interp.data.scenes.sprites import sprite
 from interp.errors import InputError, unknown
 
@@ -97,8 +97,16 @@ class Scene:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The objects' names from left to right (by the middle of their boxes): the order of the caption."""
-        return tuple(o.name for o in sorted(self.objects, key=lambda o: (o.box[0] + o.box[2], o.name)))
+        """The objects' names in reading order, which is that of the caption.
+
+        Rows of ROW pixels from the top, each from left to right, by the middle of the objects' boxes.
+        """
+
+        def place(placed: Placed) -> tuple[int, int, str]:
+            left, top, right, bottom = placed.box
+            return (top + bottom) // 2 // ROW, left + right, placed.name
+
+        return tuple(placed.name for placed in sorted(self.objects, key=place))
 
     @property
     def pixels(self) -> np.ndarray:
