@@ -101,7 +101,7 @@ def test_company_is_planted_and_sometimes_broken():
 
 def test_captions_name_the_objects_in_reading_order():
     blank = MANY[0]
-    row = [scenes.Placed("dog", 14, 40, 2), scenes.Placed("cow", 14, 2, 3)]  # middles in the first row of nine pixels
+    row = [scenes.Placed("dog", 12, 40, 2), scenes.Placed("cow", 12, 2, 3)]  # middles in the first row of nine pixels
     below = scenes.Placed("car", 14, 20, 40)
     scene = scenes.Scene("x", "red", blank.background, blank.noise, (below, *row))
     assert [(o.box[1] + o.box[3]) // 2 // scenes.ROW for o in scene.objects] == [4, 0, 0]
