@@ -36,24 +36,21 @@ def measure(lens: interp.Lens, *, n: int, split: scenes.Split = "test") -> list[
         probability = answers.yes_probability
         result = evaluation.pope(answers.texts, questions, yes_probability=probability)
         rows += _rows(result, f"POPE {kind}", ("accuracy", "precision", "recall", "f1", "yes_ratio", "auroc"))
-    rows += _rows(_pairs(lens, drawn, images), "MME-style", ("score",))
+    rows += _rows(_pairs(lens, drawn, images), "MME-style existence", ("score",))
     for name, ask in (("count", scenes.count), ("color", scenes.colour)):
         rows.append(_open(lens, drawn, images, name, ask))
     return rows
 
 
 def _pairs(lens: interp.Lens, drawn: Sequence[scenes.Scene], images: dict[str, Any]) -> evaluation.MmeScores:
-    """MME-style pairs: an object that is there and its partner that is not; left and right of two objects."""
+    """MME-style pairs: in each scene that lacks a partner, the object that is there and the partner that is not."""
     questions = []
     for scene in drawn:
-        missing = [(n, scenes.PARTNER[n]) for n in scene.names if scenes.PARTNER.get(n, n) not in scene.names]
-        pairs = {"existence": [scenes.exists(scene, name) for name in (missing[0] if missing else ())]}
-        pairs["position"] = list(scenes.positions(scene))[:2]
-        for task, pair in pairs.items():
-            questions += [
-                evaluation.Question(f"{scene.id}-{task}-{i}", scene.id, one.text, one.answer, task)  # pyright: ignore
-                for i, one in enumerate(pair)
-            ]
+        lonely = [name for name in scene.names if scenes.PARTNER.get(name, name) not in scene.names]
+        for name in (lonely[0], scenes.PARTNER[lonely[0]]) if lonely else ():
+            one = scenes.exists(scene, name)
+            answer: Any = one.answer
+            questions.append(evaluation.Question(f"{scene.id}-{name}", scene.id, one.text, answer, one.task, name))
     answers = evaluation.answer_questions(lens, questions, images, max_new_tokens=2, batch_size=BATCH)
     return evaluation.mme(answers.texts, questions)
 

@@ -32,6 +32,10 @@ MASTERED = 0.85
 """The share of right answers (running mean) at which the match stage goes on to more themes, and at last ends."""
 
 
+WEIGHTS = {"caption": 2.0}
+"""Weights of the tasks' mean losses in their sum; 1 where not given."""
+
+
 class Parts(nn.Module):
     """The model, and what only the vision stage needs: heads for a patch's class, and for its row and column."""
 
@@ -144,7 +148,7 @@ def text_losses(course: Course, chosen: list[int], turns: list[list[Turn]]) -> d
 
 
 def task_losses(logits: Tensor, packed: Packed, end: int) -> dict[str, Tensor]:
-    """Each task's mean loss and share of right answer tokens, and the sum of the losses."""
+    """Each task's mean loss and share of right answer tokens, and the weighted sum of the losses."""
     result: dict[str, Tensor] = {}
     places = packed.targets >= 0
     truth, tasks = packed.targets[places], packed.tasks[places]
@@ -155,7 +159,8 @@ def task_losses(logits: Tensor, packed: Packed, end: int) -> dict[str, Tensor]:
             # The end of the sequence follows every answer: counting it would flatter.
             answers = mine & (truth != end)
             result[f"{task}_right"] = (logits[answers].argmax(-1) == truth[answers]).float().mean()
-    return {"loss": torch.stack([result[task] for task in TASKS if task in result]).sum(), **result}
+    weighted = [result[task] * WEIGHTS.get(task, 1.0) for task in TASKS if task in result]
+    return {"loss": torch.stack(weighted).sum(), **result}
 
 
 def answer_logits(model: LlavaForConditionalGeneration, prefix: Tensor, packed: Packed) -> Tensor:
@@ -199,7 +204,7 @@ def _text_parameters(parts: Parts) -> list[nn.Parameter]:
 
 
 STAGES = (
-    Stage("vision", 900, 64, 1.5e-3, True, vision_step, _vision_parameters),
+    Stage("vision", 1400, 64, 1.5e-3, True, vision_step, _vision_parameters),
     Stage("match", 1200, 32, 5e-4, False, match_step, _text_parameters),
-    Stage("all", 1700, 32, 1e-3, True, all_step, _text_parameters),
+    Stage("all", 1500, 32, 1e-3, True, all_step, _text_parameters),
 )

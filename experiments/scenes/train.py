@@ -97,7 +97,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="where the state and the curve are kept")] = Path("runs/scenes"),
     seed: int = 0,
-    pool: Annotated[int, typer.Option(help="how many scenes to draw")] = 20_000,
+    pool: Annotated[int, typer.Option(help="how many scenes to draw")] = 40_000,
     folder: Annotated[Path | None, typer.Option("--export", help="write the trained model here")] = None,
 ) -> None:
     """Train the scenes model, or go on with it."""

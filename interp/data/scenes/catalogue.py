@@ -8,7 +8,7 @@ SIDE = 72
 ROW = 9
 """Height in pixels of the rows by which a caption reads a picture."""
 
-SIZES = (8, 17)
+SIZES = (10, 19)
 """Smallest and largest length of an object's longer side in pixels."""
 
 _CATEGORIES = {

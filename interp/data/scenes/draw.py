@@ -26,8 +26,8 @@ HIDDEN = 0.12
 """The largest share of an object that others may cover."""
 
 _TRIES = 60
-_NOISE = 24.0
-_OBJECT_NOISE = 44.0
+_NOISE = 20.0
+_OBJECT_NOISE = 36.0
 
 
 def scene(split: Split, index: int, *, seed: int = 0) -> Scene:
