@@ -15,8 +15,8 @@ from interp.edits import Edit, flatten
 from interp.engine.anatomy import Anatomy, relative_error
 from interp.engine.discover import discover
 from interp.engine.entry import Entry
-from interp.engine.plan import layers_of
-from interp.engine.probe import probe_inputs, tokens
+from interp.engine.plan import layers_of, refuse
+from interp.engine.probe import probe_inputs, tokens, vocabulary
 from interp.engine.proof import TOLERANCE, prove
 from interp.engine.run import Metric, device_of, generate, parameters_of, run
 from interp.errors import AnatomyError, InputError, SettingsError, UnsupportedError
@@ -91,6 +91,15 @@ class Lens:
     def dtype(self) -> torch.dtype:
         """The dtype of the model's floating-point parameters."""
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model reads: they go from 0 to one less.
+
+        Raises:
+            InputError: its configuration does not say.
+        """
+        return vocabulary(self.model.config)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -405,6 +414,22 @@ class Lens:
             UnsupportedError: no layer can; the message says why.
         """
         return layers_of(self.anatomy, Read(site, tower=tower))
+
+    def refusal(self, site: str, layer: int, *, tower: str | None = None) -> str | None:
+        """Why a layer cannot give a site, in the words of the error that reading it there raises; None if it can.
+
+        Raises:
+            UnknownNameError: no such site, layer or tower.
+            SettingsError: the site does not belong to a layer.
+        """
+        read = Read(site, tower=tower)
+        if not read.row.per_layer:
+            raise SettingsError(f"{site!r} exists once, not per layer; see lens.anatomy.refused.")
+        try:
+            refuse(self.anatomy, read, layer, self.anatomy.tower(tower)[1])
+        except UnsupportedError as error:
+            return str(error)
+        return None
 
     def unembed(self, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Logits of a residual stream: the model's final norm, output projection, and what follows it.

@@ -10,7 +10,7 @@ from interp.errors import SettingsError, UnknownNameError, unknown
 from interp.sites import SITES, TOWERS, Site, from_transformer_lens, site
 
 NAMED_POSITIONS = ("all", "last", "image", "text", "generated")
-Reduce = Literal["mean", "sum", "max", "norm"]
+Reduce = Literal["mean", "sum", "max", "norm", "head_mean", "head_max", "head_min"]
 Positions = str | int | slice | tuple[int, ...] | list[int] | torch.Tensor
 
 _FORM = re.compile(
@@ -85,7 +85,8 @@ class Read:
         heads: which heads (query heads; for `k` and `v` key/value heads); None for all.
         positions: which positions (see `check_positions`); for `scores` and `pattern` the query rows.
         tower: `text vision encoder decoder cross` or another tower of the model; None for the main one.
-        reduce: `mean`, `sum` or `max` over the selected positions, or `norm` (L2 norm over the last axis).
+        reduce: `mean`, `sum` or `max` over the selected positions; `norm` (L2 norm over the last axis); or `head_mean`,
+            `head_max` or `head_min` over the selected heads, which for a pattern never holds all heads at once.
     """
 
     site: str
@@ -113,12 +114,19 @@ class Read:
             raise SettingsError(f"{name!r} has no head axis; heads={heads} cannot be chosen.")
         if self.reduce is not None and self.reduce not in get_args(Reduce):
             raise unknown("reduce", self.reduce, get_args(Reduce))
+        if self.over_heads and row.head_axis is None:
+            raise SettingsError(f"{name!r} has no head axis; reduce={self.reduce!r} cannot be chosen.")
         if self.tower is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.tower):
             raise unknown("tower", self.tower, TOWERS)
         set_(self, "site", name)
         set_(self, "layers", layers)
         set_(self, "heads", heads)
         set_(self, "positions", check_positions(self.positions))
+
+    @property
+    def over_heads(self) -> bool:
+        """Whether it is reduced over heads."""
+        return self.reduce is not None and self.reduce.startswith("head_")
 
     @property
     def row(self) -> Site:

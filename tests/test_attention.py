@@ -67,6 +67,18 @@ def test_chosen_heads_and_rows_are_those_of_the_whole():
     torch.testing.assert_close(some[0], whole[0][heads][:, [4, 0]])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 5, 5).bool().tril(), torch.ones(1, 5).bool()])
+def test_a_slice_of_rows_is_the_same_rows_of_the_whole(causal, mask):
+    c = call(mask=mask, causal=causal, heads=4, kv=2, n=5)
+    whole = attention_pattern(attention_scores(c), c)
+    for rows in (slice(4, 5), slice(3, 5), slice(0, 1), slice(0, 5)):
+        index = torch.arange(rows.start, rows.stop)[None]
+        found = attention_pattern(attention_scores(c, rows=rows), c, closed=False)
+        torch.testing.assert_close(found, whole[:, :, rows])
+        torch.testing.assert_close(attention_scores(c, rows=rows), attention_scores(c, rows=index))
+
+
 def test_masks_of_every_form_agree():
     keep = torch.tensor([[[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]]).bool()
     c = call(mask=keep, scaling=0.5)

@@ -1,6 +1,7 @@
 """Lens: reads, entries, caches, gradients and what wrapping leaves alone."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 import interp
 from interp import edits
 from interp.engine.entry import Entry
-from interp.testing import plain_output
+from interp.engine.recorder import any_nan
+from interp.testing import hooks_of, plain_output
 from tests.zoo import build, inputs, processor
 
 
@@ -79,6 +81,71 @@ def test_transformer_lens_names_read_the_same_tensor(lens, batch):
     trace = lens.run(batch, ["blocks.1.attn.hook_z", "z.1"])
     assert len(trace.values) == 1
     assert trace["blocks.1.attn.hook_z"].equal(trace["z", 1])
+
+
+def test_a_repeated_run_gives_the_same_and_leaves_nothing(lens, batch):
+    """The plan of a run that only reads is remembered; the hooks are not, and edits are not part of it."""
+    reads = ["resid_pre", "z", "attn_out", "mlp_out", "pattern@last", "resid_post@text|mean"]
+    before, first = hooks_of(lens.model), lens.run(batch, reads)
+    remembered = len(lens.anatomy.plans)
+    edited = lens.run(batch, reads, edits.ablate(layers=0, heads=1))
+    assert not edited["z", 0].equal(first["z", 0])
+    again = lens.run(batch, reads)
+    assert list(again.values) == list(first.values)
+    assert all(again.values[key].equal(value) for key, value in first.values.items())
+    assert len(lens.anatomy.plans) == remembered
+    assert hooks_of(lens.model) == before
+
+
+def test_a_read_and_an_edited_read_see_the_same_module(lens, batch):
+    """Reads of z and attn_out share a hook, unless z is edited; the values are the same either way."""
+    plain = lens.run(batch, ["z", "attn_out"])
+    same = lens.run(batch, ["z", "attn_out"], edits.splice(lambda x: x.clone(), site="z"))
+    alone = {**lens.run(batch, ["z"]).values, **lens.run(batch, ["attn_out"]).values}
+    for key, value in plain.values.items():
+        assert value.equal(same.values[key])
+        assert value.equal(alone[key])
+    double = lens.run(batch, ["z", "attn_out"], edits.splice(lambda x: x * 2, site="z", layers=0))
+    assert double["z", 0].equal(plain["z", 0] * 2)
+    torch.testing.assert_close(double["attn_out", 0], plain["attn_out", 0] * 2)
+
+
+@pytest.mark.parametrize("read", ["pattern@last", "attn_out@last", "resid_mid@last", "mlp_out|norm", "k@0"])
+def test_a_run_holds_no_more_than_was_asked_for(lens, batch, read):
+    """The streams of lower layers are free while a higher layer runs."""
+    streams, alive = [], []
+    first, _, last = lens.model.model.layers
+    hooks = [
+        first.register_forward_hook(lambda m, a, out: streams.append(weakref.ref(out))),
+        last.register_forward_hook(lambda m, a, out: alive.append(streams[0]() is not None)),
+    ]
+    lens.run(batch, [read, "logits"])
+    for hook in hooks:
+        hook.remove()
+    assert alive == [False]
+
+
+def test_sums_that_find_a_nan():
+    inf, one = torch.tensor([1.0, torch.inf]), torch.ones(2, 3)
+    assert not any_nan([one, one.double(), one.half(), one.bfloat16(), one.long(), inf, -inf])
+    for bad in (one.half(), one.double(), one.clone()):
+        bad[1, 1] = torch.nan
+        assert any_nan([one, bad, one.half()])
+    assert not any_nan([])
+    assert not any_nan([one.half() * 60000])
+
+
+def test_refusals_and_vocabulary(lens):
+    assert lens.vocabulary == lens.model.config.vocab_size
+    assert lens.refusal("pattern", 1) is None
+    assert "mixer_out" in lens.refusal("mixer_out", -1)
+    with pytest.raises(interp.errors.UnsupportedError) as raised:
+        interp.Lens.run(lens, lens.prepare(["a"]), ["mixer_out.1"])
+    assert lens.refusal("mixer_out", 1) == str(raised.value)
+    with pytest.raises(interp.errors.UnknownNameError, match="layer 9"):
+        lens.refusal("pattern", 9)
+    with pytest.raises(interp.errors.SettingsError, match="not per layer"):
+        lens.refusal("logits", 0)
 
 
 def test_logits_of_chosen_positions(lens, batch):

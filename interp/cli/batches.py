@@ -70,12 +70,10 @@ def _images(prompts: Sequence["Prompt"]) -> list[Any] | None:
 def repeated_chunks(lens: "Lens", settings: HeadsSettings) -> list[Chunk]:
     """Rows of random tokens repeated once, behind the token that the tokenizer itself puts in front (if any)."""
     from interp.data import repeated_tokens
-    from interp.engine.probe import vocabulary
     from interp.inputs import tokenizer_of
 
-    config: Any = lens.model.config
     tokenizer = tokenizer_of(lens.processor)
-    size = vocabulary(config)
+    size = lens.vocabulary
     special: set[int] = set()
     begin = None
     if tokenizer is not None:

@@ -4,13 +4,10 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from interp.engine.plan import refuse
-from interp.errors import UnsupportedError
-from interp.reads import Read
 from interp.sites import SITES
 
 if TYPE_CHECKING:
-    from interp.engine.anatomy import Anatomy, Layer, Tower
+    from interp.engine.anatomy import Layer, Tower
     from interp.lens import Lens
 
 
@@ -33,7 +30,7 @@ def describe(lens: "Lens") -> dict[str, Any]:
         "unembed": anatomy.unembed.name if anatomy.unembed else None,
         "note": "the vision tower is found on the first batch with images, and is not shown here" if unseen else None,
         "towers": [_tower(tower) for tower in anatomy.towers.values()],
-        "refused": refusals(anatomy),
+        "refused": refusals(lens),
     }
 
 
@@ -85,8 +82,9 @@ def _named(name: str, layer: "Layer") -> str:
     return re.sub(rf"\.{layer.index}(?=\.|$)", ".{i}", name, count=1)
 
 
-def refusals(anatomy: "Anatomy") -> list[dict[str, str]]:
+def refusals(lens: "Lens") -> list[dict[str, str]]:
     """Every site that some layer cannot give, with the reason, the same reasons of several layers together."""
+    anatomy = lens.anatomy
     rows = [{"tower": "-", "site": site, "layers": "-", "reason": reason} for site, reason in anatomy.refused.items()]
     cross = any("cross" in layer.attention for layer in anatomy.towers[anatomy.main].layers)
     for name in [*anatomy.towers, *(["cross"] if cross and "cross" not in anatomy.towers else [])]:
@@ -96,10 +94,9 @@ def refusals(anatomy: "Anatomy") -> list[dict[str, str]]:
             if not site.per_layer or (kind == "cross" and site.scope != "attention"):
                 continue
             for layer in tower.layers:
-                try:
-                    refuse(anatomy, Read(site.name, tower=name), layer.index, kind)
-                except UnsupportedError as error:
-                    found.append(((site.name, _reason(str(error), layer)), layer.index))
+                message = lens.refusal(site.name, layer.index, tower=name)
+                if message is not None:
+                    found.append(((site.name, _reason(message, layer)), layer.index))
         rows += [
             {"tower": name, "site": site, "layers": spans(layers), "reason": reason}
             for (site, reason), layers in _grouped(found)

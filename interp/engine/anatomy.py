@@ -255,6 +255,7 @@ class Anatomy:
         embed: the token embedding module and its path.
         unembed: the way from the main tower's stream to the logits; None where there is none.
         refused: model-scope sites that cannot be given, with the reason.
+        plans: plans of earlier runs, by their reads (see `plan.plan_for`); a changed copy begins without any.
     """
 
     towers: Mapping[str, Tower]
@@ -262,6 +263,7 @@ class Anatomy:
     embed: tuple[nn.Module, str] | None
     unembed: Unembedding | None
     refused: Mapping[str, str]
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def depth(self) -> dict[str, int]:

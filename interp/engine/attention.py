@@ -31,6 +31,7 @@ HARMLESS = frozenset(
     "mm_token_type_ids token_type_ids cross_attention_states head_mask block_indices logits_to_keep "
     "return_legacy_cache input_shape pixel_values image_grid_thw".split()
 )
+_KNOWN = USED | HARMLESS
 
 
 @dataclass(eq=False, slots=True)
@@ -126,10 +127,15 @@ def tapped(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """While open, the attention calls of these modules go to their handlers, and to nobody else."""
     entered: list[tuple[dict, Any, _Dispatcher, int]] = []
     try:
+        known: dict[Any, tuple[Any, list[dict]]] = {}  # asked once: configurations answer slowly
         with _LOCK:
             for module, handler in handlers.items():
-                key = implementation_of(module)
-                for table in {id(t): t for t in _tables(module, key)}.values():
+                kind = type(module), id(getattr(module, "config", None))
+                if kind not in known:
+                    key = implementation_of(module)
+                    known[kind] = key, list({id(t): t for t in _tables(module, key)}.values())
+                key, tables = known[kind]
+                for table in tables:
                     present = table.get(key)
                     if not isinstance(present, _Dispatcher):
                         present = _Dispatcher(present)
@@ -172,7 +178,7 @@ def check_options(options: Mapping[str, Any], module: nn.Module) -> None:
     Raises:
         UnsupportedError: names the option.
     """
-    strange = [k for k, v in options.items() if v is not None and v is not False and k not in USED | HARMLESS]
+    strange = [k for k, v in options.items() if k not in _KNOWN and v is not None and v is not False]
     if strange:
         raise UnsupportedError(
             f"{type(module).__name__} passes {strange} to its attention function, which the recomputed attention does "
@@ -181,14 +187,14 @@ def check_options(options: Mapping[str, Any], module: nn.Module) -> None:
 
 
 def attention_scores(
-    call: AttentionCall, heads: Int[Tensor, " h"] | None = None, rows: Int[Tensor, "batch n"] | None = None
+    call: AttentionCall, heads: Int[Tensor, " h"] | None = None, rows: Int[Tensor, "batch n"] | slice | None = None
 ) -> Float[Tensor, "batch h n key"]:
     """Attention logits (float32, mask added) of the chosen heads and query rows.
 
     Args:
         call: the attention call.
         heads: query heads; None for all.
-        rows: query rows per sample; None for all.
+        rows: query rows per sample, or a slice of them for all samples; None for all.
 
     Raises:
         UnsupportedError: the call holds an option or a mask that is not known.
@@ -196,21 +202,22 @@ def attention_scores(
     check_options(call.options, call.module)
     q, k = call.query, call.key
     n_heads, n_kv = q.shape[1], k.shape[1]
-    if rows is not None:
-        index = rows[:, None, :, None].expand(-1, n_heads, -1, q.shape[-1])
-        q = q.expand(rows.shape[0], -1, -1, -1).gather(2, index)
+    q = _pick(q, None, rows)
     if heads is not None:
         q, k = q[:, heads], k[:, heads * n_kv // n_heads]
-    elif n_kv != n_heads:
-        k = k.repeat_interleave(n_heads // n_kv, dim=1)
+    size, n_chosen, n_rows, width = q.shape
+    if heads is None and n_kv != n_heads:
+        # The queries that share a key are put behind one another, so that no key is copied.
+        q = q.reshape(size, n_kv, -1, width)
+    scores = (widened(q) @ widened(k).transpose(-1, -2)).view(size, n_chosen, n_rows, -1)
     scaling = call.options.get("scaling")
-    scores = (widened(q) @ widened(k).transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores *= width**-0.5 if scaling is None else scaling
     cap = call.options.get("softcap")
     if cap:
         scores = torch.tanh(scores / cap) * cap
     bias = call.options.get("position_bias")
     if bias is not None:
-        scores = scores + _pick(bias, heads, rows, scores).to(scores.dtype)
+        scores = scores + _pick(bias, heads, rows)[..., : scores.shape[-1]].to(scores.dtype)
     return _masked(scores, call, heads, rows)
 
 
@@ -219,20 +226,22 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _pick(x: Tensor, heads: Tensor | None, rows: Tensor | None, scores: Tensor) -> Tensor:
-    """The part of a [batch|1, head|1, query, key] tensor that belongs to these heads and rows."""
+def _pick(x: Tensor, heads: Tensor | None, rows: Tensor | slice | None) -> Tensor:
+    """The part of a [batch|1, head|1, query|1, n] tensor that belongs to these heads and rows."""
     if heads is not None and x.shape[1] > 1:
         x = x[:, heads]
-    if rows is not None and x.shape[2] > 1:
-        x = x.expand(rows.shape[0], -1, -1, -1)
-        x = x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
-    return x[..., : scores.shape[-1]]
+    if rows is None or x.shape[2] == 1:
+        return x
+    if isinstance(rows, slice):
+        return x[:, :, rows]
+    x = x.expand(rows.shape[0], -1, -1, -1)
+    return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
 
 
-def _masked(scores: Tensor, call: AttentionCall, heads: Tensor | None, rows: Tensor | None) -> Tensor:
+def _masked(scores: Tensor, call: AttentionCall, heads: Tensor | None, rows: Tensor | slice | None) -> Tensor:
     mask, n_keys, n_queries = call.mask, call.key.shape[2], call.query.shape[2]
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        mask = _pick(mask, heads, rows, scores)
+        mask = _pick(mask, heads, rows)[..., :n_keys]
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, -torch.inf)
         # Additive masks hold the lowest number of their dtype: what is that low is masked out.
@@ -243,18 +252,23 @@ def _masked(scores: Tensor, call: AttentionCall, heads: Tensor | None, rows: Ten
         raise UnsupportedError(f"a mask of form {shape} is not known to the recomputed attention; use sdpa or eager.")
     causal = call.options.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
-    key = torch.arange(n_keys, device=scores.device)
     # A single query is the newest position; otherwise queries and keys start together unless flash aligned their ends.
     start = n_keys - n_queries if isinstance(mask, Tensor) or n_queries == 1 else 0
-    place = torch.arange(n_queries, device=scores.device)[None] if rows is None else rows
+    causal = causal and (n_queries > 1 or isinstance(mask, Tensor))
+    window = call.options.get("sliding_window")
+    window = window if window and implementation_is_flash(call.module) else None
+    lengths = call.options.get("cu_seq_lens_q")
+    first, stop = (rows.start, rows.stop) if isinstance(rows, slice) else (0, n_queries)
+    if mask is None and not window and lengths is None and (not causal or first + start >= n_keys - 1):
+        return scores  # every row sees every key
+    key = torch.arange(n_keys, device=scores.device)
+    place = rows if isinstance(rows, Tensor) else torch.arange(first, stop, device=scores.device)[None]
     place = (place + start)[:, None, :, None]
     allowed = torch.ones(1, 1, 1, n_keys, dtype=torch.bool, device=scores.device)
-    if causal and (n_queries > 1 or isinstance(mask, Tensor)):
+    if causal:
         allowed = allowed & (key <= place)
-    window = call.options.get("sliding_window")
-    if window and implementation_is_flash(call.module):
+    if window:
         allowed = allowed & (key > place - window)
-    lengths = call.options.get("cu_seq_lens_q")
     if isinstance(lengths, Tensor):
         segment = torch.bucketize(key, lengths.to(key.device), right=True)
         allowed = allowed & (segment[place] == segment)
@@ -269,17 +283,23 @@ def implementation_is_flash(module: nn.Module) -> bool:
 
 
 def attention_pattern(
-    scores: Float[Tensor, "batch h n key"], call: AttentionCall, heads: Int[Tensor, " h"] | None = None
+    scores: Float[Tensor, "batch h n key"],
+    call: AttentionCall,
+    heads: Int[Tensor, " h"] | None = None,
+    *,
+    closed: bool = True,
 ) -> Float[Tensor, "batch h n key"]:
     """Probabilities from logits: softmax in float32, with the sink column where the family has one.
 
-    A row in which everything is masked (padding) is all zero.
+    A row in which everything is masked (padding) is all zero; there is none if `closed` is False.
     """
     sinks = call.options.get("s_aux")
     if sinks is not None:
         s = (sinks if heads is None else sinks[heads]).to(scores.dtype).reshape(1, -1, 1, 1)
         wide = torch.cat([scores, s.expand(*scores.shape[:-1], 1)], dim=-1)
         return torch.softmax(wide, dim=-1)[..., :-1]
+    if not closed:
+        return torch.softmax(scores, dim=-1)
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     # The softmax of a row of -inf is NaN; give it finite numbers first so that gradients stay finite too.
     return torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)

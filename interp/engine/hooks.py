@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from interp.engine.anatomy import AttentionPart, Layer, Part, Tower, stream_of, with_stream
 from interp.engine.attention import (
@@ -20,53 +21,66 @@ from interp.engine.attention import (
 )
 from interp.engine.norms import through_chain
 from interp.engine.plan import ATTENTION_CALL, Place, middle_branches
-from interp.engine.recorder import Recorder
+from interp.engine.recorder import Recorder, fuse_heads
 from interp.errors import EditError, UnsupportedError
+from interp.reads import Read
 
 _BRANCH_SITE = {"attn": "attn_out", "cross": "attn_out", "mlp": "mlp_out", "mixer": "mixer_out"}
 
 
 @dataclass(eq=False, slots=True)
 class LayerState:
-    """What is known of a layer while one forward call runs through it."""
+    """What is known of the layer that a tower's forward call is in.
 
-    arguments: dict[Any, Any] = field(default_factory=dict)
+    One state serves all layers of a tower, so that no tensor is held longer than its layer lasts.
+    """
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
     stream: Tensor | None = None
     sums: dict[str, Tensor] = field(default_factory=dict)
     fired: dict[str, int] = field(default_factory=dict)
     calls: list[AttentionCall] = field(default_factory=list)
 
+    @property
+    def arguments(self) -> dict[Any, Any]:
+        """What the layer was called with, by position or name."""
+        return {**dict(enumerate(self.args)), **self.kwargs}
+
 
 @contextmanager
 def attached(recorder: Recorder) -> Iterator[None]:
     """While open, the recorder's plan is carried out by the model's forward calls."""
-    with ExitStack() as stack:
-        handlers: dict[nn.Module, Any] = {}
-        for tower in recorder.anatomy.towers.values():
-            for layer in tower.layers:
-                attach_layer(recorder, tower, layer, stack, handlers)
+    hooks: list[RemovableHandle] = []
+    handlers: dict[nn.Module, Any] = {}
+    towers, states = recorder.anatomy.towers, {name: LayerState() for name in recorder.anatomy.towers}
+    try:
+        for (name, index), wanted in recorder.plan.layers.items():
+            if index >= 0:
+                tower = towers[name]
+                attach_layer(_LayerHooks(recorder, tower, tower.layers[index], states[name]), wanted, hooks, handlers)
         embed = recorder.anatomy.embed
         if embed is not None and recorder.plan.wants("model", "model", -1, "embed"):
 
             def on_embed(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
                 return recorder.visit(("model", "model", -1, "embed"), out)
 
-            stack.callback(embed[0].register_forward_hook(on_embed).remove)
-        if handlers:
-            stack.enter_context(tapped(handlers))
-        yield
+            hooks.append(embed[0].register_forward_hook(on_embed))
+        with tapped(handlers):
+            yield
+    finally:
+        for hook in reversed(hooks):
+            hook.remove()
 
 
 def attach_layer(
-    recorder: Recorder, tower: Tower, layer: Layer, stack: ExitStack, handlers: dict[nn.Module, Any]
+    hooks: _LayerHooks, wanted: set[tuple[str, str]], handles: list[RemovableHandle], handlers: dict[nn.Module, Any]
 ) -> None:
-    """Attach what the plan wants of one layer."""
-    wanted = {(k, s) for t, k, i, s in recorder.plan.work if t == tower.name and i == layer.index}
-    if not wanted:
-        return
-    state = LayerState()
-    hooks = _LayerHooks(recorder, tower, layer, state)
-    stack.callback(layer.module.register_forward_pre_hook(hooks.enter, with_kwargs=True).remove)
+    """Attach what the plan wants of one layer; `wanted` holds the kind of attention and the site."""
+    tower, layer = hooks.tower, hooks.layer
+    if tower.packed or any(site not in ATTENTION_CALL for _, site in wanted):
+        handles.append(layer.module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
+    inputs: dict[str, Callable] = {}
     for kind, part in layer.attention.items():
         sites = {s for k, s in wanted if k == kind}
         if sites & ATTENTION_CALL:
@@ -74,27 +88,33 @@ def attach_layer(
         if part.out_proj is None:
             continue
         if "z" in sites or (tower.packed and sites & ATTENTION_CALL):
-            stack.callback(part.out_proj.register_forward_pre_hook(hooks.z(kind, part)).remove)
+            terms = layer.branches.get(kind, ())
+            read = (kind, _BRANCH_SITE[kind]) in wanted and hooks.only_read(kind, "z")
+            if read and not tower.packed and [t.module for t in terms] == [part.out_proj]:
+                inputs[kind] = hooks.z(kind, part)  # one hook of the module serves both
+            else:
+                handles.append(part.out_proj.register_forward_pre_hook(hooks.z(kind, part)))
         if "result" in sites:
-            stack.callback(part.out_proj.register_forward_hook(hooks.result(kind, part)).remove)
+            handles.append(part.out_proj.register_forward_hook(hooks.result(kind, part)))
     if ("attn", "mlp_act") in wanted and layer.down_proj is not None:
-        stack.callback(layer.down_proj.register_forward_pre_hook(hooks.mlp_act).remove)
+        handles.append(layer.down_proj.register_forward_pre_hook(hooks.mlp_act))
     middle = ("attn", "resid_mid") in wanted
     summed = middle and hooks.middle_by_sum
     for kind, parts in layer.branches.items():
         site = (("cross" if kind == "cross" else "attn"), _BRANCH_SITE[kind])
         if site in wanted or (summed and kind in middle_branches(layer)):
             for part in parts:
-                stack.callback(part.module.register_forward_hook(hooks.branch(kind, part, len(parts), summed)).remove)
+                hook = hooks.branch(kind, part, len(parts), summed, inputs.get(kind))
+                handles.append(part.module.register_forward_hook(hook))
     if middle and not summed:
         assert layer.mid is not None
         module, side, key = layer.mid
         if side == "in":
-            stack.callback(module.register_forward_pre_hook(hooks.middle_in(key), with_kwargs=True).remove)
+            handles.append(module.register_forward_pre_hook(hooks.middle_in(key), with_kwargs=True))
         else:
-            stack.callback(module.register_forward_hook(hooks.middle_out(key)).remove)
+            handles.append(module.register_forward_hook(hooks.middle_out(key)))
     if ("attn", "resid_post") in wanted:
-        stack.callback(layer.module.register_forward_hook(hooks.leave).remove)
+        handles.append(layer.module.register_forward_hook(hooks.leave))
 
 
 @dataclass(eq=False, slots=True)
@@ -117,6 +137,11 @@ class _LayerHooks:
         new = self.recorder.visit(self._place(kind, site), wrapped, copy)
         return value if new is wrapped else new[0]
 
+    def only_read(self, kind: str, site: str) -> bool:
+        """Whether nothing changes a site."""
+        work = self.recorder.plan.work[self._place(kind, site)]
+        return not work.edits and not work.probe
+
     @property
     def middle_by_sum(self) -> bool:
         """Whether resid_mid has to be added up: nothing reads it, or it is to be edited where it is only read."""
@@ -136,12 +161,12 @@ class _LayerHooks:
         if isinstance(key, int) and key >= len(args):
             key = "hidden_states"
         stream = args[key] if isinstance(key, int) else kwargs[key]
-        self.state.arguments = {**dict(enumerate(args)), **kwargs}
-        self.state.sums.clear()
-        self.state.fired.clear()
-        self.state.calls.clear()
-        new = self._visit("attn", "resid_pre", stream, self.layer.in_place)
-        self.state.stream = new
+        state = self.state
+        state.args, state.kwargs = args, kwargs
+        state.sums.clear()
+        state.fired.clear()
+        state.calls.clear()
+        state.stream = new = self._visit("attn", "resid_pre", stream, self.layer.in_place)
         if new is stream:
             return None
         if isinstance(key, int):
@@ -154,24 +179,35 @@ class _LayerHooks:
         new = self._visit("attn", "resid_post", stream, self.layer.in_place)
         return None if new is stream else with_stream(out, self.layer.out_path, new)
 
-    def branch(self, kind: str, part: Part, count: int, summed: bool) -> Callable:
-        """A term of a branch was made: serve attn_out, mlp_out, mixer_out, and resid_mid where it is added up."""
+    def branch(self, kind: str, part: Part, count: int, summed: bool, first: Callable | None) -> Callable:
+        """A term of a branch was made: serve attn_out, mlp_out, mixer_out, and resid_mid where it is added up.
+
+        `first` is a pre-hook of the same module that only reads, to be served before.
+        """
+
+        alone = count == 1 and not summed
+        site_kind, site = "cross" if kind == "cross" else "attn", _BRANCH_SITE[kind]
 
         def hook(module: nn.Module, args: tuple, out: Any) -> Any:
-            raw = stream_of(out, part.path)
-            assert self.state.stream is not None
-            factor = part.scale(self.state.arguments)
-            term = raw.reshape(self.state.stream.shape)
+            if first is not None:
+                first(module, args)
+            state, raw = self.state, stream_of(out, part.path)
+            assert state.stream is not None
+            factor = part.scale(state.arguments) if part.scales else None
+            term = raw if raw.shape == state.stream.shape else raw.reshape(state.stream.shape)
             if factor is not None:
                 term = term * factor
-            self.state.fired[kind] = self.state.fired.get(kind, 0) + 1
-            total = term if kind not in self.state.sums else self.state.sums[kind] + term
-            new = total
-            if self.state.fired[kind] == count:
-                new = self._visit("cross" if kind == "cross" else "attn", _BRANCH_SITE[kind], total, part.copy)
-                if summed and kind in middle_branches(self.layer):
-                    new = self._middle(kind, new)
-            self.state.sums[kind] = new
+            if alone:
+                total = term
+                new = self._visit(site_kind, site, total, part.copy)
+            else:
+                state.fired[kind] = state.fired.get(kind, 0) + 1
+                new = total = term if kind not in state.sums else state.sums[kind] + term
+                if state.fired[kind] == count:
+                    new = self._visit(site_kind, site, total, part.copy)
+                    if summed and kind in middle_branches(self.layer):
+                        new = self._middle(kind, new)
+                state.sums[kind] = new
             if new is total:
                 return None
             return with_stream(out, part.path, _edited(raw, term, total, new, factor, self._place("attn", kind)))
@@ -244,7 +280,8 @@ class _LayerHooks:
             if self.tower.packed:
                 z, full = z[None], full[None]
             weight = part.weight()
-            for read, heads in recorder.plan.work[place].reads:
+            for at in recorder.plan.work[place].reads:
+                read, heads = at.read, at.heads
                 some, _ = recorder.take(place, read.positions, heads, z)
                 whole, _ = recorder.take(place, read.positions, None, full)
                 w = weight if heads is None else weight[list(heads)]
@@ -252,7 +289,7 @@ class _LayerHooks:
                 shares = through_chain(shares, whole.float(), part.chain, self.state.arguments, bias=False)
                 # Positions and heads are chosen already: keep only pads, reduces and stores.
                 chosen = recorder.selection(read.positions, self.tower.name, z.shape[0], z.shape[1], z.device)
-                recorder.keep_part(read, place, shares, chosen)
+                recorder.keep_part(at, place, shares, chosen)
             recorder.done(place)
 
         return hook
@@ -294,11 +331,15 @@ class _LayerHooks:
         for site in ("scores", "pattern"):
             if site not in places:
                 continue
-            for read, heads in recorder.plan.work[places[site]].reads:
-                chosen = recorder.selection(read.positions, self.tower.name, size, width, call.query.device)
-                rows = None if chosen is None else chosen.index
-                value = recorder.all_keys(places[site], width, selected_attention(call, site, heads, rows))
-                recorder.keep_part(read, places[site], value, chosen)
+            for at in recorder.plan.work[places[site]].reads:
+                chosen = recorder.selection(at.read.positions, self.tower.name, size, width, call.query.device)
+                rows = None if chosen is None else chosen.index if chosen.span is None else chosen.span
+                if at.read.over_heads:
+                    value = fused_attention(call, site, at.heads, rows, at.read)
+                else:
+                    value = selected_attention(call, site, at.heads, rows)
+                value = recorder.all_keys(places[site], width, value)
+                recorder.keep_part(at, places[site], value, chosen)
             recorder.done(places[site])
 
     def _changed(self, call: AttentionCall, places: Mapping[str, Place], delegate: Callable) -> tuple:
@@ -336,11 +377,40 @@ class _LayerHooks:
         calls.clear()
 
 
-def selected_attention(call: AttentionCall, site: str, heads: tuple[int, ...] | None, rows: Tensor | None) -> Tensor:
+def selected_attention(
+    call: AttentionCall, site: str, heads: tuple[int, ...] | None, rows: Tensor | slice | None
+) -> Tensor:
     """Scores or pattern of some heads and query rows."""
     index = None if heads is None else torch.tensor(heads, device=call.query.device)
     scores = attention_scores(call, index, rows)
-    return scores if site == "scores" else attention_pattern(scores, call, index)
+    # Only a mask can close a row to every key.
+    return scores if site == "scores" else attention_pattern(scores, call, index, closed=call.mask is not None)
+
+
+def fused_attention(
+    call: AttentionCall, site: str, heads: tuple[int, ...] | None, rows: Tensor | slice | None, read: Read
+) -> Tensor:
+    """Scores or pattern [batch, query, key] of some query rows, reduced over heads a few rows at a time.
+
+    Beside the result it holds less than half as many numbers.
+    """
+    size, n_heads, width, _ = call.query.shape
+    n_keys = call.key.shape[2]
+    rows = slice(0, width) if rows is None else rows
+    first, stop = (rows.start, rows.stop) if isinstance(rows, slice) else (0, rows.shape[1])
+    step = max((stop - first) // (8 * n_heads), 2**16 // (size * n_heads * n_keys), 1)
+    out: Tensor | None = None
+    for a in range(first, stop, step):
+        b = min(a + step, stop)
+        some = slice(a, b) if isinstance(rows, slice) else rows[:, a:b]
+        part = fuse_heads(selected_attention(call, site, heads, some), read)
+        if out is None:
+            if b == stop:
+                return part
+            out = part.new_empty(part.shape[0], stop - first, part.shape[2])
+        out[:, a - first : b - first] = part
+    assert out is not None
+    return out
 
 
 def _edited(raw: Tensor, term: Tensor, total: Tensor, new: Tensor, factor: Any, place: Place) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from interp.edits import Edit
 from interp.engine.anatomy import Anatomy, Layer
 from interp.errors import SettingsError, UnknownNameError, UnsupportedError
@@ -12,8 +14,37 @@ from interp.reads import Read
 
 ATTENTION_CALL = frozenset({"q", "k", "v", "scores", "pattern"})
 
+_REMEMBERED = 64
+
 Place = tuple[str, str, int, str]
 """Tower, attention kind (`attn` or `cross`), layer, site."""
+
+
+@dataclass(slots=True, eq=False)
+class ReadAt:
+    """A read at one layer. It is hashed by identity: the hash of a `Read` is too slow for every hook.
+
+    Attributes:
+        read: the read.
+        layer: the layer's index; -1 outside the layers.
+        heads: head indices from zero; None for all.
+        whole: whether the value is kept as it is: all positions, all heads, not reduced.
+        spread: whether a NaN in it is in the stream above, and the other way round (see `recorder.check_all`).
+    """
+
+    read: Read
+    layer: int
+    heads: tuple[int, ...] | None
+    whole: bool = field(init=False)
+    spread: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Look once, not in every run."""
+        read = self.read
+        every = isinstance(read.positions, str) and read.positions == "all"
+        self.whole = every and self.heads is None and read.reduce is None
+        along = read.row.scope in ("stream", "branch") or read.site in ("q", "z")
+        self.spread = self.whole and along and read.tower != "cross"
 
 
 @dataclass(slots=True)
@@ -22,15 +53,22 @@ class Work:
 
     edits: list[tuple[Edit, tuple[int, ...] | None]] = field(default_factory=list)
     probe: bool = False
-    reads: list[tuple[Read, tuple[int, ...] | None]] = field(default_factory=list)
+    reads: list[ReadAt] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Plan:
-    """All work of a run, by place."""
+    """All work of a run, by place. It may serve several runs, and is not changed by them.
+
+    Attributes:
+        work: what happens at each place.
+        logits: reads of the logits.
+        layers: attention kind and site of all work in a layer, by tower and layer.
+    """
 
     work: dict[Place, Work] = field(default_factory=dict)
     logits: list[Read] = field(default_factory=list)
+    layers: dict[tuple[str, int], set[tuple[str, str]]] = field(default_factory=dict)
 
     def wants(self, tower: str, kind: str, layer: int, *sites: str) -> bool:
         """Whether any of these sites has work."""
@@ -125,6 +163,7 @@ def make_plan(
             if read.site in anatomy.refused:
                 raise UnsupportedError(f"{read.site!r} is refused: {anatomy.refused[read.site]}.")
         place = (tower.name if read.row.per_layer else "model", kind, index, read.site)
+        plan.layers.setdefault((place[0], index), set()).add((kind, read.site))
         return plan.work.setdefault(place, Work())
 
     for edit in edits:
@@ -147,7 +186,23 @@ def make_plan(
             plan.logits.append(read)
             continue
         for index in layers_of(anatomy, read):
-            work(read, index).reads.append((read, heads_of(anatomy, read, index)))
+            work(read, index).reads.append(ReadAt(read, index, heads_of(anatomy, read, index)))
+    return plan
+
+
+def plan_for(
+    anatomy: Anatomy, reads: Sequence[Read], edits: Sequence[Edit] = (), gradients: Sequence[Read] = ()
+) -> Plan:
+    """`make_plan`, which remembers the plans of runs that only read."""
+    if edits or gradients or any(isinstance(r.positions, Tensor) for r in reads):
+        return make_plan(anatomy, reads, edits, gradients)
+    key = tuple(reads)
+    plan = anatomy.plans.get(key)
+    if plan is None:
+        plan = make_plan(anatomy, reads)
+        if len(anatomy.plans) >= _REMEMBERED:
+            anatomy.plans.clear()
+        anatomy.plans[key] = plan
     return plan
 
 

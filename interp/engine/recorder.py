@@ -13,14 +13,44 @@ from torch import Tensor
 from interp.batch import Batch, Selection, select
 from interp.edits import Edit, Where
 from interp.engine.anatomy import Anatomy
-from interp.engine.plan import Place, Plan
+from interp.engine.plan import Place, Plan, ReadAt
 from interp.errors import EditError, HookError, InputError, NonFiniteError
 from interp.reads import Read
 from interp.sites import SITES
 
+_AXES = {name: (row.position_axis, row.head_axis) for name, row in SITES.items()}
+
 
 class Stop(BaseException):
     """Raised inside a run once everything asked for has been seen; caught by the run."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """Chosen columns of one stream. What is to be known of them is asked once for all layers.
+
+    Attributes:
+        index: columns [batch, n]; where `valid` is False the entry is a filler.
+        valid: which entries are real [batch, n].
+        uniform: whether every entry is real.
+        span: the columns as a slice, if they adjoin and are the same in every sample: then nothing is gathered.
+    """
+
+    index: Tensor
+    valid: Tensor
+    uniform: bool
+    span: slice | None
+
+    @staticmethod
+    def of(found: Selection) -> Chosen:
+        """A selection, looked at."""
+        index, uniform = found.index, found.uniform
+        span = None
+        if uniform and index.numel():
+            first, n = int(index[0, 0]), index.shape[1]
+            row = torch.arange(first, first + n, device=index.device)
+            span = slice(first, first + n) if bool((index == row).all()) else None
+        return Chosen(index, found.valid, uniform, span)
 
 
 @dataclass(eq=False, slots=True)
@@ -36,6 +66,9 @@ class Recorder:
         generating: whether the run is a generation.
         to: device on which reads are kept; None leaves them where they are.
         stop: whether to end the run when nothing is left to do.
+        with_graph: whether values are part of a graph for gradients.
+        pieces: what was read, one tensor for each forward call.
+        copied: devices from which copies may still be on their way.
     """
 
     plan: Plan
@@ -47,12 +80,13 @@ class Recorder:
     to: torch.device | str | None = None
     stop: bool = False
     with_graph: bool = False
-    pieces: dict[tuple[Read, int], list[Tensor]] = field(default_factory=dict)
+    pieces: dict[ReadAt, list[Tensor]] = field(default_factory=dict)
     probes: dict[Place, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor | None] = field(default_factory=dict)
     valid: dict[Read, Bool[Tensor, "batch n"]] = field(default_factory=dict)
     pending: set[Place] = field(default_factory=set)
-    chosen: dict[Any, Selection] = field(default_factory=dict)
+    chosen: dict[Any, Chosen] = field(default_factory=dict)
+    copied: set[torch.device] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Everything in the plan is still to come."""
@@ -76,7 +110,7 @@ class Recorder:
     def _start(self, tower: str) -> int:
         return self.offset if tower in ("model", self.anatomy.main) else 0
 
-    def selection(self, positions: Any, tower: str, size: int, width: int, device: torch.device) -> Selection | None:
+    def selection(self, positions: Any, tower: str, size: int, width: int, device: torch.device) -> Chosen | None:
         """Columns of the present chunk that a selection means; None for all of them."""
         if isinstance(positions, str) and positions == "all":
             return None
@@ -103,9 +137,8 @@ class Recorder:
                 if bool((found.valid & ~inside).any()):
                     raise InputError(f"positions {positions} lie before column {start}, where this run was entered.")
                 found = Selection((found.index - start).clamp(0, width - 1), found.valid)
-        found = Selection(found.index.to(device), found.valid.to(device))
-        self.chosen[key] = found
-        return found
+        self.chosen[key] = Chosen.of(Selection(found.index.to(device), found.valid.to(device)))
+        return self.chosen[key]
 
     def _generated(self, positions: Any, mask: Tensor, start: int, width: int) -> Selection:
         size, prompt = mask.shape[0], self.batch.mask.shape[1]
@@ -155,11 +188,13 @@ class Recorder:
             probe = torch.zeros_like(value, requires_grad=True)
             self.probes[place] = probe
             value = value + probe
-        for read, heads in work.reads:
-            part, chosen = self.take(place, read.positions, heads, value)
+        for at in work.reads:
+            part, chosen = value, None
+            if not at.whole:
+                part, chosen = self.take(place, at.read.positions, at.heads, value)
             if place[3] in ("scores", "pattern"):
                 part = self.all_keys(place, value.shape[2], part)
-            self.keep_part(read, place, part.clone() if copy and part is value else part, chosen)
+            self.keep_part(at, place, part.clone() if copy and part is value else part, chosen)
         self.done(place)
         return value
 
@@ -177,14 +212,13 @@ class Recorder:
             raise Stop
 
     def _axes(self, site: str) -> tuple[int, int | None]:
-        row = SITES[site]
-        position, head = row.position_axis, row.head_axis
+        position, head = _AXES[site]
         assert position is not None
         return position, head
 
     def take(
         self, place: Place, positions: Any, heads: tuple[int, ...] | None, value: Tensor
-    ) -> tuple[Tensor, Selection | None]:
+    ) -> tuple[Tensor, Chosen | None]:
         """The selected part of a value, and the selection (None for all positions)."""
         tower, _, _, site = place
         position, head = self._axes(site)
@@ -193,10 +227,20 @@ class Recorder:
         chosen = self.selection(positions, tower, value.shape[0], value.shape[position], value.device)
         if chosen is None:
             return value, None
-        return gather_positions(value, chosen.index, position), chosen
+        return gather_positions(value, chosen, position), chosen
 
-    def keep_part(self, read: Read, place: Place, part: Tensor, chosen: Selection | None) -> None:
+    def keep_part(self, at: ReadAt, place: Place, part: Tensor, chosen: Chosen | None) -> None:
         """Pad, reduce and store the selected part of a value, without its graph, on the device asked for."""
+        if not at.whole:
+            part = self._reduced(at.read, place, part, chosen)
+        if part.requires_grad:
+            part = part.detach()
+        if self.to is not None:
+            self.copied.add(part.device)
+            part = part.to(self.to, non_blocking=True)
+        self.pieces.setdefault(at, []).append(part)
+
+    def _reduced(self, read: Read, place: Place, part: Tensor, chosen: Chosen | None) -> Tensor:
         if chosen is not None and not chosen.uniform:
             keep = chosen.valid
         elif chosen is None and read.reduce in ("mean", "sum", "max"):
@@ -204,12 +248,9 @@ class Recorder:
         else:
             keep = None
         part = reduce_part(part, read, self._axes(place[3])[0], keep)
-        if chosen is not None and not chosen.uniform and read.reduce is None:
+        if chosen is not None and not chosen.uniform and (read.reduce is None or read.over_heads):
             self.valid[read] = chosen.valid
-        part = part.detach()
-        if self.to is not None:
-            part = part.to(self.to, non_blocking=True)
-        self.pieces.setdefault((read, place[2]), []).append(part)
+        return part
 
     def _real(self, place: Place, value: Tensor) -> Tensor | None:
         position = self._axes(place[3])[0]
@@ -252,10 +293,13 @@ class Recorder:
                 f"{', ...' if len(missing) > 6 else ''}. Does the batch hold what this tower needs (images, decoder "
                 "input)?"
             )
-        out = {key: join(parts, key[0]) for key, parts in self.pieces.items()}
+        for device in self.copied:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        out = {at: join(parts, at.read) for at, parts in self.pieces.items()}
         edited = any(w.edits for w in self.plan.work.values())
         check_all(out, self.anatomy.main, thorough=edited)
-        return out, self.valid
+        return {(at.read, at.layer): tensor for at, tensor in out.items()}, self.valid
 
 
 def check_edit(edit: Edit, place: Place, old: Tensor, new: Any) -> None:
@@ -269,49 +313,51 @@ def check_edit(edit: Edit, place: Place, old: Tensor, new: Any) -> None:
         raise EditError(f"{where} made NaN or infinity, first at index {bad.nonzero()[0].tolist()} of its selection.")
 
 
-def check_all(values: dict[tuple[Read, int], Tensor], main: str, *, thorough: bool) -> None:
+def check_all(values: dict[ReadAt, Tensor], main: str, *, thorough: bool) -> None:
     """Raise NonFiniteError at the first NaN of a run's reads.
 
     A NaN in the stream, or in anything that is made from or added to it position by position, is in everything of the
     same tower and position above it. So of whole reads only those of the highest layer need a look, unless an edit may
     have taken a NaN away in between.
     """
-
-    def whole(read: Read) -> bool:
-        spread = read.row.scope in ("stream", "branch") or read.site in ("q", "z")
-        return (
-            spread
-            and read.tower != "cross"
-            and read.heads is None
-            and read.reduce is None
-            and str(read.positions) == "all"
-        )
-
     top: dict[str, int] = {}
-    for read, layer in values:
-        if whole(read):
-            top[read.tower or main] = max(layer, top.get(read.tower or main, -1))
-    implied = {k for k in values if whole(k[0]) and k[1] < top[k[0].tower or main]} if not thorough else set()
-    try:
-        for key, tensor in values.items():
-            if key not in implied:
-                check_no_nan(tensor, *key)
-    except NonFiniteError:
-        for read, layer in sorted(values, key=lambda k: k[1]):
-            check_no_nan(values[read, layer], read, layer)
-        raise
+    for at in values:
+        if at.spread:
+            tower = at.read.tower or main
+            top[tower] = max(at.layer, top.get(tower, -1))
+    looked_at = [
+        tensor for at, tensor in values.items() if thorough or not at.spread or at.layer == top[at.read.tower or main]
+    ]
+    if any_nan(looked_at):
+        for at, tensor in sorted(values.items(), key=lambda item: item[0].layer):
+            check_no_nan(tensor, at.read, at.layer)
+
+
+def any_nan(tensors: list[Tensor]) -> bool:
+    """Whether a sum of one of the tensors is NaN: one of its numbers is, or it holds infinities of both signs.
+
+    All sums are looked at together, since each look would wait for the device.
+    """
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            sums.setdefault(tensor.device, []).append(tensor.sum(dtype=torch.float32))
+    return any(bool(torch.stack(s).isnan().any()) for s in sums.values())
 
 
 def check_no_nan(tensor: Tensor, read: Read, layer: int) -> None:
     """Raise NonFiniteError at the first NaN of a read (minus infinity is what masked scores are)."""
     # One sum finds a NaN without a second tensor; infinities of both signs make one too, so look twice.
-    if tensor.is_floating_point() and bool(tensor.detach().sum().isnan()) and bool(tensor.isnan().any()):
+    if any_nan([tensor]) and bool(tensor.isnan().any()):
         place = tensor.isnan().nonzero()[0].tolist()
         raise NonFiniteError(f"{read} of layer {layer} holds NaN, first at index {place}; the model itself made it.")
 
 
-def gather_positions(value: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Columns `index` [batch, n] of `value` along `axis`; always a copy."""
+def gather_positions(value: Tensor, chosen: Chosen, axis: int) -> Tensor:
+    """The chosen columns of `value` along `axis`; always a copy."""
+    index, span = chosen.index, chosen.span
+    if span is not None and index.shape[0] == value.shape[0]:
+        return value.narrow(axis, span.start, index.shape[1]).clone(memory_format=torch.contiguous_format)
     shape = [index.shape[0]] + [1] * (value.ndim - 1)
     shape[axis] = index.shape[1]
     wanted = list(value.shape)
@@ -320,7 +366,7 @@ def gather_positions(value: Tensor, index: Tensor, axis: int) -> Tensor:
 
 
 def put_back(
-    value: Tensor, new: Tensor, chosen: Selection | None, heads: tuple[int, ...] | None, position: int, head: int | None
+    value: Tensor, new: Tensor, chosen: Chosen | None, heads: tuple[int, ...] | None, position: int, head: int | None
 ) -> Tensor:
     """`value` with its selected part replaced."""
     new = new.to(value.dtype)
@@ -350,7 +396,7 @@ def _scatter_valid(
     value: Tensor,
     target: Tensor,
     new: Tensor,
-    chosen: Selection,
+    chosen: Chosen,
     heads: tuple[int, ...] | None,
     position: int,
     head: int | None,
@@ -369,7 +415,9 @@ def _index(heads: tuple[int, ...], value: Tensor) -> Tensor:
 
 def reduce_part(part: Tensor, read: Read, axis: int, keep: Tensor | None) -> Tensor:
     """Apply a read's reduction, over the real positions `keep` [batch, n] (None for all), in float32 or wider."""
-    if read.reduce is None:
+    if read.over_heads:
+        part, axis = fuse_heads(part, read), position_axis(read)
+    if read.reduce is None or read.over_heads:
         if keep is None:
             return part
         shape = [keep.shape[0]] + [1] * (part.ndim - 1)
@@ -401,12 +449,30 @@ def reduce_part(part: Tensor, read: Read, axis: int, keep: Tensor | None) -> Ten
     return total / keep.sum(1).reshape([-1] + [1] * (total.ndim - 1)).clamp_min(1)
 
 
+def fuse_heads(part: Tensor, read: Read) -> Tensor:
+    """The mean, maximum or minimum over heads, in float32 or wider; nothing is done where it was taken already."""
+    axis = read.row.head_axis
+    assert axis is not None
+    if part.ndim < len(read.row.axes):
+        return part
+    wide = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
+    if read.reduce == "head_mean":
+        return wide.mean(axis)
+    return wide.amax(axis) if read.reduce == "head_max" else wide.amin(axis)
+
+
+def position_axis(read: Read) -> int:
+    """The position axis of what a read returns."""
+    axis, head = read.row.position_axis, read.row.head_axis
+    assert axis is not None
+    return axis - 1 if read.over_heads and head is not None and head < axis else axis
+
+
 def join(parts: list[Tensor], read: Read) -> Tensor:
     """One tensor from the parts of several forward calls (generation), joined along positions."""
     if len(parts) == 1:
         return parts[0]
-    axis = read.row.position_axis
-    assert axis is not None
+    axis = position_axis(read)
     if read.reduce in ("mean", "sum", "max"):
         return torch.stack(parts, 1)
     if read.row.axes[-1] == "key":

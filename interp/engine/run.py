@@ -15,7 +15,7 @@ from interp.edits import Edit
 from interp.engine.anatomy import Anatomy
 from interp.engine.entry import Entry, Prefix, check_entry, cropped, entered
 from interp.engine.hooks import attached
-from interp.engine.plan import make_plan
+from interp.engine.plan import heads_of, layers_of, make_plan, plan_for
 from interp.engine.recorder import Recorder, Stop, check_no_nan, gather_positions, reduce_part
 from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.reads import Read
@@ -52,7 +52,7 @@ def run(
     """Carry out one forward pass; see `Lens.run`. With `whole` it does not stop early."""
     if bool(gradients) != (metric is not None):
         raise SettingsError("gradients need a metric, and a metric is there for gradients: give both or neither.")
-    plan = make_plan(anatomy, reads, edits, gradients)
+    plan = plan_for(anatomy, reads, edits, gradients)
     recorder = Recorder(plan, anatomy, batch, to=to)
     takes = parameters_of(model)
     inputs = dict(batch.inputs)
@@ -176,7 +176,13 @@ def positions_seen(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[str, Ten
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time of a run (dropout would make it a different function)."""
-    training = [m for m in model.modules() if m.training]
+    training: list[nn.Module] = []
+    todo: list[nn.Module | None] = [model]
+    for m in todo:  # it grows on the way: what `model.modules()` does, at a fraction of its price
+        if m is not None:
+            todo.extend(m._modules.values())
+            if m.training:
+                training.append(m)
     for m in training:
         m.training = False
     try:
@@ -214,8 +220,6 @@ def _backward(
     grads = torch.autograd.grad(value.sum(), [recorder.probes[p] for p in places], allow_unused=True)
     by_place = dict(zip(places, grads, strict=True))
     out: dict[tuple[Read, int], Tensor] = {}
-    from interp.engine.plan import heads_of, layers_of
-
     recorder.with_graph = False
     for read in gradients:
         tower, kind = anatomy.tower(read.tower)
@@ -237,7 +241,7 @@ def _logits(recorder: Recorder, read: Read, logits: Tensor, kept_last: bool) -> 
         part, valid = logits[:, -1:], None
     else:
         chosen = recorder.selection(read.positions, "model", logits.shape[0], logits.shape[1], logits.device)
-        part = logits if chosen is None else gather_positions(logits, chosen.index, 1)
+        part = logits if chosen is None else gather_positions(logits, chosen, 1)
         valid = None if chosen is None or chosen.uniform else chosen.valid
         if valid is not None and read.reduce is None:
             recorder.valid[read] = valid
