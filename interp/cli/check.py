@@ -9,8 +9,11 @@ import typer
 def check(config: Annotated[Path, typer.Argument(help="A config such as `interp init` writes.")]) -> None:
     """Check a config, its model's files and its prompt file, without loading any weights."""
     from interp.cli.runfolder import prompts_of
-    from interp.cli.settings import HeadsSettings, check_model, read_config
+    from interp.cli.settings import HeadsSettings, check_model, read_config, read_yaml
 
+    if "task" in read_yaml(config):
+        _check_evaluation(config)
+        return
     settings = HeadsSettings.of(read_config(config))
     check_model(settings.model)
     prompts = prompts_of(settings)
@@ -18,3 +21,20 @@ def check(config: Annotated[Path, typer.Argument(help="A config such as `interp 
     answers = sum(p.answer is not None for p in prompts)
     what = f"{len(prompts)} prompts, {answers} with an answer" if prompts else "repeated random tokens, no prompt file"
     typer.echo(f"{config}: usable. {settings.model}: {', '.join(settings.methods)}; {what}.")
+
+
+def _check_evaluation(config: Path) -> None:
+    from interp.cli.evaluation.data import load_data
+    from interp.cli.evaluation.settings import EvaluateSettings, read_config
+    from interp.cli.settings import check_model
+
+    settings = EvaluateSettings.of(read_config(config))
+    if settings.model:
+        check_model(settings.model)
+    data = load_data(settings)
+    if settings.texts is not None:
+        from interp.cli.evaluation.run import given_rows
+
+        given_rows(settings, data)
+    what = f"{len(data.questions)} questions" if settings.task == "pope" else f"{len(data.objects)} images"
+    typer.echo(f"{config}: usable. {settings.model or settings.texts}: {settings.task}; {what}.")

@@ -7,21 +7,23 @@ import typer
 
 from interp.errors import FileError, unknown
 
-KINDS = ("heads",)
+KINDS = ("heads", "chair", "pope")
 
 
 def init(
-    kind: Annotated[str, typer.Argument(help="What the config is for: heads.")] = "heads",
+    kind: Annotated[str, typer.Argument(help="What the config is for: heads, chair or pope.")] = "heads",
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("run.yaml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write a commented config to edit, for `interp heads --config` and `interp check`."""
+    """Write a commented config to edit, for `interp heads|evaluate --config` and `interp check`."""
     if kind not in KINDS:
         raise unknown("kind of config", kind, KINDS)
     if out.exists() and not overwrite:
         raise FileError(f"{out} exists already; give another --out, or --overwrite.")
-    from interp.cli.settings import template
+    from interp.cli import settings
+    from interp.cli.evaluation import settings as evaluation
     from interp.files import write_text
 
-    write_text(out, template())
-    typer.echo(f"wrote {out}; edit it, then: interp check {out} && interp heads --config {out} --out runs/heads")
+    write_text(out, settings.template() if kind == "heads" else evaluation.template(kind))
+    command = "heads" if kind == "heads" else f"evaluate {kind}"
+    typer.echo(f"wrote {out}; edit it, then: interp check {out} && interp {command} --config {out} --out runs/{kind}")

@@ -172,6 +172,24 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileError: the file is missing or not UTF-8.
         SettingsError: it is not yaml, holds a key twice, or is no mapping.
+        UnknownNameError: a key is no setting.
+    """
+    found = read_yaml(path)
+    known = [row.name for row in fields(HeadsSettings)]
+    for key in found:
+        if key not in known:
+            raise unknown("setting", key, known, where=str(path))
+    if isinstance(found.get("prompts"), str):
+        found["prompts"] = str(Path(path).parent / found["prompts"])
+    return found
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a config holds, whatever it is for.
+
+    Raises:
+        FileError: the file is missing or not UTF-8.
+        SettingsError: it is not yaml, holds a key twice, or is no mapping.
     """
     import yaml
 
@@ -192,12 +210,6 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     twice = [key for key in seen if seen.count(key) > 1]
     if twice:
         raise SettingsError(f"the config {path} holds {twice[0]!r} twice; each setting may stand once.")
-    known = [row.name for row in fields(HeadsSettings)]
-    for key in found:
-        if key not in known:
-            raise unknown("setting", key, known, where=str(path))
-    if isinstance(found.get("prompts"), str):
-        found["prompts"] = str(path.parent / found["prompts"])
     return found
 
 

@@ -72,7 +72,35 @@ class Prompts:
     max_texts: int = 200
 
 
-Block = Text | Table | Figure | KeyValues | Prompts
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image with a text beside it.
+
+    Attributes:
+        png: the image as the bytes of a PNG file.
+        title: plain text above the text.
+        text: the text in pieces, each with its mark: `right` or `wrong` to set it off, or `""`.
+    """
+
+    png: bytes
+    title: str
+    text: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Images, one below the other, each with a text in which some words are marked.
+
+    Attributes:
+        items: the images.
+        caption: plain text above them.
+    """
+
+    items: Sequence[Picture]
+    caption: str = ""
+
+
+Block = Text | Table | Figure | KeyValues | Prompts | Pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +119,7 @@ class Section:
             raise InputError("a section needs a title: the table of contents lists it.")
         for block in self.blocks:
             if not isinstance(block, Block):
-                known = "Text, Table, Figure, KeyValues, Prompts"
+                known = "Text, Table, Figure, KeyValues, Prompts, Pictures"
                 raise InputError(f"section {self.title!r} holds a {type(block).__name__}; its blocks are {known}.")
 
 

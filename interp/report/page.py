@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from interp.errors import InputError
 from interp.files import write_text
-from interp.report.blocks import Block, Figure, KeyValues, Prompts, Provenance, Section, Table, Text
+from interp.report.blocks import Block, Figure, KeyValues, Pictures, Prompts, Provenance, Section, Table, Text
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -44,7 +44,7 @@ def write_report(
         The path of the page.
 
     Raises:
-        InputError: there is no title or no section.
+        InputError: there is no title or no section, or a picture's text has an unknown mark.
         FileError: the file cannot be written.
     """
     import jinja2
@@ -102,6 +102,12 @@ def _block(block: Block) -> dict[str, Any]:
         case Prompts():
             shown = list(block.texts[: block.max_texts])
             return {"kind": "prompts", "texts": shown, "caption": block.caption, "total": len(block.texts)}
+        case Pictures():
+            items = [
+                {"png": base64.b64encode(item.png).decode("ascii"), "title": item.title, "text": _marks(item.text)}
+                for item in block.items
+            ]
+            return {"kind": "pictures", "items": items, "caption": block.caption}
         case Table():
             return {"kind": "table", "caption": block.caption, **_table(block)}
         case Figure():
@@ -113,6 +119,14 @@ def _block(block: Block) -> dict[str, Any]:
                 "width": int(width) if width else None,
                 "height": int(height or 450),
             }
+
+
+def _marks(text: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Pieces of text; a mark becomes the name of a style, so it must be a known one."""
+    for _, mark in text:
+        if mark not in ("", "right", "wrong"):
+            raise InputError(f"a piece of text is marked 'right', 'wrong' or '', found {mark!r}.")
+    return list(text)
 
 
 def _table(block: Table) -> dict[str, Any]:

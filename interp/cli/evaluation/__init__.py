@@ -1,0 +1,1 @@
+"""What `interp evaluate` is made of: settings, data, the run and its folder, the page."""
