@@ -153,6 +153,50 @@ _WHISPER = PackagedModel(
 )
 
 
+_SCENES = PackagedModel(
+    name="scenes",
+    kind="vision-language",
+    package="interp",
+    version="",
+    wheel_sha256="",
+    files=(
+        SourceFile(
+            "scenes/model.safetensors",
+            "375f61de26c9156e4f3514df7ee31d4f44439e4520528a7419448a1c9abf72b6",
+        ),
+        SourceFile(
+            "scenes/config.json",
+            "b2159fb3f2dfde9ccc27b33eb0036220188cde77678952ba12aa27beb8fb86b6",
+        ),
+        SourceFile(
+            "scenes/generation_config.json",
+            "035d795934002af60fb2d8269a7e72f35c72f0ad614aefd435242c2229b3ba2f",
+        ),
+        SourceFile(
+            "scenes/processor_config.json",
+            "2f3e7f1ddd434c10885036d479ba26c7e27c6917444c6f7ae0cf35d714ed87fe",
+        ),
+        SourceFile(
+            "scenes/chat_template.jinja",
+            "95a5c6639f4147a23808e9d0b306cb6dde81677b95082d5b22643d4ba7debc2b",
+        ),
+        SourceFile(
+            "scenes/tokenizer.json",
+            "86fe58f6064942b73541b38c9490f9ea476bf76f59187c133153d7a3ebf333b9",
+        ),
+        SourceFile(
+            "scenes/tokenizer_config.json",
+            "5cd2ac685c0952073055016c01a0c0659552c63bd3be7861206005452a2f764b",
+        ),
+    ),
+    converter="copied",
+    converter_version=1,
+    parameters=2_813_472,
+    licence="Apache-2.0 (trained for interp; its pictures are drawn from Noto Color Emoji, SIL OFL 1.1)",
+    description="a tiny LLaVA trained on drawn scenes whose truth is known: captions, yes or no, colour, count",
+)
+
+
 def _tracr(program: str, sha256: str, parameters: int, description: str) -> PackagedModel:
     return PackagedModel(
         name=f"tracr-{program}",
@@ -174,6 +218,7 @@ _ROWS = (
     _MINILM,
     _DINOV2,
     _WHISPER,
+    _SCENES,
     _tracr(
         "reverse",
         "1653518d8a0df0acd4cd604cbb36abac92d4b9ca282066a3bdf6d663b8e99f2f",
