@@ -60,10 +60,21 @@ def _benchmark(path: Path) -> str:
     return "\n".join(lines)
 
 
+def scenes() -> str:
+    """The measured quality of the bundled scenes model."""
+    path = DOCS.parent / "interp" / "models" / "scenes" / "quality.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = [f"| on {found['n']:,} scenes | value | 95 % interval |", "|---|---|---|"]
+    for row in found["numbers"]:
+        lines.append(f"| {row['metric']} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "sites": ("sites.md", sites),
     "models": ("api/models.md", models),
     "benchmarks": ("benchmarks.md", benchmarks),
+    "scenes": ("scenes.md", scenes),
 }
 
 

@@ -5,13 +5,27 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interp import data, edits, errors, figures, heads, models, reads, report, scores, sites, testing
+    from interp import (
+        attribution,
+        data,
+        edits,
+        errors,
+        evaluation,
+        figures,
+        heads,
+        models,
+        reads,
+        report,
+        scores,
+        sites,
+        testing,
+    )
     from interp.batch import Batch
     from interp.engine.entry import Entry
     from interp.lens import Generation, Lens, load, wrap
     from interp.patches import Patches
     from interp.reads import Read
-    from interp.scores import HeadScores
+    from interp.scores import HeadScores, TokenScores
     from interp.trace import Trace
 
 try:
@@ -31,8 +45,23 @@ _HOME = {
     "Read": "interp.reads",
     "Trace": "interp.trace",
     "HeadScores": "interp.scores",
+    "TokenScores": "interp.tokens",
 }
-_MODULES = ("data", "edits", "errors", "figures", "heads", "models", "reads", "report", "scores", "sites", "testing")
+_MODULES = (
+    "attribution",
+    "data",
+    "edits",
+    "errors",
+    "evaluation",
+    "figures",
+    "heads",
+    "models",
+    "reads",
+    "report",
+    "scores",
+    "sites",
+    "testing",
+)
 
 __all__ = [
     "Batch",
@@ -42,11 +71,14 @@ __all__ = [
     "Lens",
     "Patches",
     "Read",
+    "TokenScores",
     "Trace",
     "__version__",
+    "attribution",
     "data",
     "edits",
     "errors",
+    "evaluation",
     "figures",
     "heads",
     "load",

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from interp.errors import InputError, SettingsError, unknown
 from interp.results import Scores, checked, describe, jsonable, load, register
+from interp.tokens import TokenScores
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["HeadScores", "Scores", "load", "register"]
+__all__ = ["HeadScores", "Scores", "TokenScores", "load", "register"]
 
 _RESERVED = ("score", "abs", "rank", "layer", "head", "prompt", "valid", "per_prompt")
 
