@@ -168,7 +168,9 @@ def test_clear_errors(llama):
 @pytest.mark.slow
 def test_smollm2_with_all_targets(smollm):
     """Thirty layers and 64 tokens; the issue asks for less than 60 seconds on two cores (measured: about 5 of a core)."""
-    text = "The old lighthouse keeper, who had lived alone on the island for years, was surprised when a small boat " * 4
+    text = (
+        "The old lighthouse keeper, who had lived alone on the island for years, was surprised when a small boat " * 4
+    )
     batch = smollm.prepare(input_ids=[smollm.processor(text)["input_ids"][:64]])
     begin = time.process_time()
     scores = flow(smollm, batch, target="all", normalise=False)

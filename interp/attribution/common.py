@@ -319,7 +319,7 @@ def token_scores(
     there = sources if of is None else of
     columns = targets.index.cpu().masked_fill(~targets.valid.cpu(), -1)
     texts: list[list[str]] = [
-        ["" if c < 0 else row[c] for c in cs] for row, cs in zip(there.tokens, columns.tolist(), strict=True)
+        ["" if c < 0 else str(row[c]) for c in cs] for row, cs in zip(there.tokens, columns.tolist(), strict=True)
     ]
     return TokenScores(
         scores=scores,
