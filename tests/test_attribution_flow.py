@@ -1,5 +1,6 @@
 """Attention flow: by hand, against networkx, bounds, padding, the caveat, speed."""
 
+import sys
 import time
 
 import networkx as nx
@@ -59,10 +60,9 @@ def test_flow_by_hand():
     np.testing.assert_allclose(flows, wanted, atol=1e-8)
 
 
-@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_flow_is_networkx_s_maximum_flow(half):
-    """210 random graphs in all; rollout lies below the flow and the bound above it."""
-    for seed in range(70 * half, 70 * half + 70):
+def test_flow_is_networkx_s_maximum_flow():
+    """210 random graphs; rollout lies below the flow and the bound above it."""
+    for seed in range(210):
         pipes = random_pipes(seed)
         targets = np.unique([pipes.shape[1] - 1, seed % pipes.shape[1]])
         ceiling = bounds(pipes, targets)
@@ -122,18 +122,25 @@ def test_the_bound_lies_above_and_is_named(llama):
     assert exact.settings["bound"] == pytest.approx(float(tight.sum()) / 21)
 
 
-def test_the_caveat_is_given_when_only_the_first_layer_counts(llama):
-    bert = interp.wrap(build("bert"), processor("bert"), name="bert")
-    diffuse = flow(bert, bert.prepare(input_ids=[list(range(70, 82))]), target="all")
-    assert diffuse.settings["first_layer"] > 0.9
-    assert "first layer's column sums" in diffuse.caveat
-    assert "caveat" in repr(diffuse)
-    assert "column sums" in diffuse._repr_html_()
-    # Then no two targets differ.
-    assert float((diffuse.scores[0] - diffuse.scores[0, :1]).abs().max()) < 0.02
-    causal = flow(llama, llama.prepare(input_ids=[IDS[0]]), target="all")
+def test_the_caveat_is_given_when_only_the_first_layer_counts(llama, monkeypatch):
+    """Six layers of diffuse attention in both directions, as in the specification; then the model's own."""
+    batch = llama.prepare(input_ids=[list(range(70, 84))])
+    causal = flow(llama, batch, target="all")
     assert causal.settings["first_layer"] < 0.9
     assert causal.caveat == ""
+    diffuse = torch.randn(6, 1, 14, 14, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    found = [(layer, diffuse[layer]) for layer in range(6)]
+    monkeypatch.setattr(sys.modules["interp.attribution.flow"], "fused_patterns", lambda *_, **__: found[:3])
+    shallow = flow(llama, batch, target="all")  # the zoo's llama has three layers
+    monkeypatch.setattr(sys.modules["interp.attribution.flow"], "chosen_layers", lambda *_: list(range(6)))
+    monkeypatch.setattr(sys.modules["interp.attribution.flow"], "fused_patterns", lambda *_, **__: found)
+    deep = flow(llama, batch, target="all")
+    assert shallow.settings["first_layer"] < deep.settings["first_layer"] == 1.0
+    assert deep.caveat.startswith("100% of the flows are only the first layer's column sums")
+    assert "caveat" in repr(deep)
+    assert "column sums" in deep._repr_html_()
+    # Then no two targets differ.
+    torch.testing.assert_close(deep.scores, deep.scores[:, :1].expand_as(deep.scores), atol=1e-6, rtol=0)
 
 
 def test_towers(llama):
@@ -167,7 +174,7 @@ def test_clear_errors(llama):
 
 @pytest.mark.slow
 def test_smollm2_with_all_targets(smollm):
-    """Thirty layers and 64 tokens; the issue asks for less than 60 seconds on two cores (measured: about 5 of a core)."""
+    """Thirty layers and 64 tokens; the issue asks for less than 60 seconds on two cores (here: about 5)."""
     text = (
         "The old lighthouse keeper, who had lived alone on the island for years, was surprised when a small boat " * 4
     )
