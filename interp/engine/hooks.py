@@ -89,8 +89,9 @@ def attach_layer(
             continue
         if "z" in sites or (tower.packed and sites & ATTENTION_CALL):
             terms = layer.branches.get(kind, ())
-            read = (kind, _BRANCH_SITE[kind]) in wanted and hooks.only_read(kind, "z")
-            if read and not tower.packed and [t.module for t in terms] == [part.out_proj]:
+            # A packed tower may come here for its attention sites alone: then no work on z is planned.
+            read = not tower.packed and (kind, _BRANCH_SITE[kind]) in wanted and hooks.only_read(kind, "z")
+            if read and [t.module for t in terms] == [part.out_proj]:
                 inputs[kind] = hooks.z(kind, part)  # one hook of the module serves both
             else:
                 handles.append(part.out_proj.register_forward_pre_hook(hooks.z(kind, part)))
