@@ -7,7 +7,7 @@ import torch
 
 import interp
 from interp.attribution import blank_out
-from interp.attribution.blank_out import blurred
+from interp.attribution.blanks import blurred
 from interp.errors import InputError, SettingsError, UnknownNameError, UnsupportedError
 from tests import zoo
 
@@ -214,7 +214,10 @@ def test_an_lvlm_with_pictures():
 
 
 @pytest.mark.parametrize("mode", ["replace", "mask", "drop"])
-@pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("llama", "right"), ("bert", "right"), ("t5", "right")])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("llama", "left"), ("llama", "right"), ("bert", "right"), ("roberta", "right"), ("t5", "right")],
+)
 def test_batched_is_single_and_padding_changes_nothing(mode, name, side):
     lens = lens_of(name)
     rows = [list(range(70, 78)), list(range(90, 95))]

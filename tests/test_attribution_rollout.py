@@ -198,7 +198,7 @@ def test_memory_stays_below_two_matrices():
 def test_towers_that_cannot_be_entered_are_run_from_the_input():
     lens = interp.wrap(build("t5"), processor("t5"), sample=inputs("t5"), name="t5")
     batch = lens.prepare(**inputs("t5"))
-    assert not shared._entries(lens, batch, [0, 1], "encoder")
+    assert not shared.entries_of(lens, batch, [0, 1], "encoder")
     for tower in ("encoder", "decoder"):
         torch.testing.assert_close(
             rollout(lens, batch, target="all", tower=tower, memory=1).scores.double(), full_rollout(lens, batch, tower)

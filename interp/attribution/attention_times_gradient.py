@@ -68,10 +68,10 @@ def attention_times_gradient(
     if kind == "cross":
         sources = stream_of(lens, batch, "encoder" if "encoder" in lens.anatomy.towers else "vision")
     rows = []
-    for t in range(len(asked)):
-        ((_, matrix),) = weighted_patterns(lens, batch, asked, t, [(tower, index)], memory=0)
-        at = asked.chosen.index[:, t, None, None].to(matrix.device)
-        rows.append(matrix.gather(1, at.expand(-1, 1, matrix.shape[2])))
+    for some in asked.passes():
+        ((_, matrix),) = weighted_patterns(lens, batch, asked, some.start, [(tower, index)], memory=0)
+        at = asked.chosen.index[:, some, None].to(matrix.device)
+        rows.append(matrix.gather(1, at.expand(-1, -1, matrix.shape[2])))
     settings = settings_of(lens, batch, "attention_times_gradient", layer=index, tower=tower) | asked.settings(lens)
     of = None if sources is asked.stream else asked.stream
     name = "attention_times_gradient"

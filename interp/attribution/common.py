@@ -253,7 +253,7 @@ def fused_patterns(
     width = _stream_shape(lens, batch, found.name)[1] if width is None else width
     count = max(1, memory // (4 * width**2))
     groups = [list(layers[i : i + count]) for i in range(0, len(layers), count)]
-    entries = _entries(lens, batch, [g[0] for g in groups], found.name) if len(groups) > 1 else {}
+    entries = entries_of(lens, batch, [g[0] for g in groups], found.name) if len(groups) > 1 else {}
     for group in reversed(groups):
         read = Read("pattern", layers=tuple(group), tower=tower, reduce=reduce)
         trace = lens.run(batch, read, entry=entries.pop(group[0], None))
@@ -269,7 +269,7 @@ def fused_patterns(
             yield layer, values.pop((read, layer))
 
 
-def _entries(lens: Lens, batch: Batch, starts: Sequence[int], tower: str) -> dict[int, Entry]:
+def entries_of(lens: Lens, batch: Batch, starts: Sequence[int], tower: str) -> dict[int, Entry]:
     """Where the run of each group begins; none where the tower cannot be entered."""
     found = lens.anatomy.towers[tower]
     if not all(layer.skippable for layer in found.layers[: starts[-1]]):

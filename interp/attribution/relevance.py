@@ -60,8 +60,8 @@ def relevance(
 ) -> TokenScores:
     """Chefer's relevance of each source token for the answer at each target position.
 
-    For each target one forward and backward pass, or several where the patterns of all layers and heads do not fit into
-    `memory`. In encoder-decoders the fused matrices [pos, pos] of all layers are held beside that.
+    For each target (for all together where a classifier's logits are the whole input's) one forward and backward pass,
+    or several where the patterns of all layers and heads do not fit into `memory`. In encoder-decoders the fused matrices [pos, pos] of all layers are held beside that.
 
     Args:
         lens: a model with logits whose patterns can be read: a decoder, an encoder, a vision transformer, an
@@ -97,8 +97,10 @@ def relevance(
         raise UnsupportedError(f"relevance has its sources in {allowed} of {lens.name}, not in {tower!r}.")
     sources = asked.stream if name == main else stream_of(lens, batch, name)
     rows = [
-        _row_double(lens, batch, asked, t, name, transpose, memory) if double else _row(lens, batch, asked, t, memory)
-        for t in range(len(asked))
+        _rows_double(lens, batch, asked, some, name, transpose, memory)
+        if double
+        else _rows(lens, batch, asked, some, memory)
+        for some in asked.passes()
     ]
     settings = settings_of(lens, batch, "relevance", tower=tower) | asked.settings(lens)
     settings |= {"transpose": transpose} if double else {}
@@ -106,21 +108,21 @@ def relevance(
     return token_scores("relevance", torch.cat(rows, 1), asked.chosen, sources, settings, of=of)
 
 
-def _row(lens: Lens, batch: Batch, asked: Question, t: int, memory: int) -> Float[Tensor, "batch 1 pos"]:
-    """The target's row of R - I in a model with one stream."""
+def _rows(lens: Lens, batch: Batch, asked: Question, some: slice, memory: int) -> Float[Tensor, "batch some pos"]:
+    """Rows of R - I in a model with one stream, for targets that share a backward pass."""
     layers = [(None, i) for i in chosen_layers(lens, None, None)]
-    start = _start(asked, t)
-    row = torch.zeros_like(start)
-    for _, matrix in weighted_patterns(lens, batch, asked, t, layers, memory=memory):
-        row = carried(row.to(matrix), start.to(matrix), matrix)
+    start = _start(asked, some)
+    rows = torch.zeros_like(start)
+    for _, matrix in weighted_patterns(lens, batch, asked, some.start, layers, memory=memory):
+        rows = carried(rows.to(matrix), start.to(matrix), matrix)
         del matrix
-    return row
+    return rows
 
 
-def _row_double(
-    lens: Lens, batch: Batch, asked: Question, t: int, name: str, transpose: bool, memory: int
-) -> Float[Tensor, "batch 1 source"]:
-    """The target's row of R_sq, or of R_ss - I for `decoder`, in an encoder-decoder."""
+def _rows_double(
+    lens: Lens, batch: Batch, asked: Question, some: slice, name: str, transpose: bool, memory: int
+) -> Float[Tensor, "batch some source"]:
+    """Rows of R_sq, or of R_ss - I for `decoder`, in an encoder-decoder, for targets that share a backward pass."""
     lower = [("encoder", i) for i in chosen_layers(lens, None, "encoder")]
     own, cross = chosen_layers(lens, None, "decoder"), chosen_layers(lens, None, "cross")
     upper: list[tuple[str, int]] = []
@@ -129,7 +131,7 @@ def _row_double(
         upper += [("cross", i)] if i in cross else []
     if name == "decoder":
         lower, upper = [], [place for place in upper if place[0] == "decoder"]
-    found = dict(weighted_patterns(lens, batch, asked, t, [*lower, *upper], memory=memory))
+    found = dict(weighted_patterns(lens, batch, asked, some.start, [*lower, *upper], memory=memory))
     first = found[upper[0]]
     there = torch.zeros_like(first)
     across = torch.zeros((), device=first.device)
@@ -141,11 +143,11 @@ def _row_double(
         else:
             mixed = normalised(there)
             across = across + (mixed.mT if transpose else mixed) @ matrix
-    at = asked.chosen.index[:, t, None, None].to(first.device)
+    at = asked.chosen.index[:, some, None].to(first.device)
     if name == "decoder":
-        return there.gather(1, at.expand(-1, 1, there.shape[2]))
-    start = across.gather(1, at.expand(-1, 1, across.shape[2]))
-    total = torch.zeros_like(start).mT
+        return there.gather(1, at.expand(-1, -1, there.shape[2]))
+    start = across.gather(1, at.expand(-1, -1, across.shape[2]))
+    total = torch.zeros_like(start[:, :1]).mT
     for place in lower:
         total = total + found[place].to(first) @ (1 + total)
     # Where the rest of a row sums to zero there is nothing to share out.
@@ -156,9 +158,9 @@ def _row_double(
     return start + row
 
 
-def _start(asked: Question, t: int) -> Float[Tensor, "batch 1 pos"]:
-    """One at the target's own column."""
-    return torch.nn.functional.one_hot(asked.chosen.index[:, t : t + 1], asked.stream.mask.shape[1]).float()
+def _start(asked: Question, some: slice) -> Float[Tensor, "batch some pos"]:
+    """One at each target's own column."""
+    return torch.nn.functional.one_hot(asked.chosen.index[:, some], asked.stream.mask.shape[1]).float()
 
 
 def _safe(total: Tensor) -> Tensor:

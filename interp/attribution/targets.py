@@ -52,28 +52,38 @@ class Question:
     def values(
         self, logits: Tensor, *, copies: int = 1, columns: Int[Tensor, "rows target"] | None = None
     ) -> Float[Tensor, "rows target"]:
-        """The number in each row of some logits.
+        """The number in each row of some logits; the arguments are those of `at_targets`."""
+        wide = self.at_targets(logits, copies=copies, columns=columns)
+        return number(wide, self.answers.repeat(copies, 1), self.wrong, self.measure)
+
+    def at_targets(
+        self, logits: Tensor, *, copies: int = 1, columns: Int[Tensor, "rows target"] | None = None
+    ) -> Float[Tensor, "rows target n"]:
+        """The logits at the targets (one row for all targets if they are pooled).
 
         Args:
             logits: [rows, pos, d_vocab]; [rows, 1, d_vocab] at the targets alone; or pooled ones [rows, class].
             copies: how often the batch is repeated in the rows.
             columns: the columns of the targets, where they are others than in the batch.
         """
+        if self.pooled:
+            return logits.unsqueeze(1)
         at = self.chosen.index.repeat(copies, 1) if columns is None else columns
         at = at.to(logits.device)
-        wide = logits.unsqueeze(1)
-        if not self.pooled:
-            at = at if logits.shape[1] > 1 else torch.zeros_like(at)
-            wide = logits.gather(1, at[:, :, None].expand(-1, -1, logits.shape[-1]))
-        return number(wide, self.answers.repeat(copies, 1), self.wrong, self.measure)
+        at = at if logits.shape[1] > 1 else torch.zeros_like(at)
+        return logits.gather(1, at[:, :, None].expand(-1, -1, logits.shape[-1]))
 
     def metric(self, target: int) -> Callable[[Tensor], Tensor]:
-        """The metric [batch] of one target for a run with gradients; zero for samples that do not have it."""
+        """The metric [batch] of one target for a run with gradients."""
+        return lambda logits: self.values(logits)[:, target]
 
-        def metric(logits: Tensor) -> Tensor:
-            return self.values(logits)[:, target] * self.chosen.valid[:, target].to(logits.device)
-
-        return metric
+    def passes(self) -> list[slice]:
+        """Targets that share one backward pass: all those of pooled logits with the same answers, else each alone."""
+        count = len(self)
+        ids = [x for x in (self.answers, self.wrong) if x is not None]
+        if self.pooled and all(bool((x == x[:, :1]).all()) for x in ids):
+            return [slice(0, count)]
+        return [slice(t, t + 1) for t in range(count)]
 
     def settings(self, lens: Lens) -> dict[str, Any]:
         """What a result records."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from interp.engine.linear import LinearBlock, linear_block
 from interp.engine.norms import FittedNorm
 from interp.engine.trail import Replay
 from interp.errors import UnknownNameError, UnsupportedError, unknown
+
+Until = Literal["attn", "mid", "post"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,6 +147,52 @@ class Layer:
     recipe: tuple[tuple[str, Any], ...]
     refused: Mapping[str, str]
 
+    def steps(self, until: Until = "post") -> tuple[tuple[str, Any], ...]:
+        """The recipe up to a place.
+
+        Args:
+            until: `attn` (attention has been added), `mid` (also the norms and factors behind it, up to the next
+                addition) or `post` (everything).
+        """
+        adds = [i for i, (what, _) in enumerate(self.recipe) if what == "add"]
+        first = next((i for i in adds if "attn" in self.recipe[i][1]), len(self.recipe))
+        if until == "attn":
+            return self.recipe[: first + 1]
+        return self.recipe if until == "post" else self.recipe[: next((i for i in adds if i > first), None)]
+
+    def before_norms(self, until: Until = "post") -> tuple[str, ...]:
+        """The branches that norms of the stream up to a place see: their statistics depend on them."""
+        steps = self.steps(until)
+        last = max((i for i, (what, _) in enumerate(steps) if what == "norm"), default=0)
+        return tuple(kind for what, kinds in steps[:last] if what == "add" for kind in kinds)
+
+    def linear(
+        self,
+        z: Float[Tensor, "batch pos head d_value"],
+        stream: Float[Tensor, "batch pos d_model"],
+        branches: Mapping[str, Float[Tensor, "batch pos d_model"]],
+        *,
+        until: Until = "post",
+    ) -> LinearBlock:
+        """The layer up to a place as a linear map of its heads and its stream, norms frozen at their statistics.
+
+        Args:
+            z: the heads' outputs (site `z`), at some positions.
+            stream: `resid_pre` there.
+            branches: what the branches of `before_norms` add there, by kind.
+            until: see `steps`.
+
+        Raises:
+            UnsupportedError: there is no self-attention with an ordinary output projection, a norm is neither
+                LayerNorm nor RMSNorm, or a factor differs between positions.
+        """
+        part = self.attention.get("attn")
+        if part is None or "result" in part.refused:
+            reason = "it has no self-attention" if part is None else part.refused["result"]
+            raise UnsupportedError(f"{self.name} is not linear in its heads: {reason}.")
+        steps = self.steps(until)
+        return linear_block(part.weight(), part.bias(), part.chain, steps, z, stream, branches, self.name)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tower:
@@ -208,6 +257,30 @@ class Unembedding:
         logits = self.module(stream.to(weight.dtype) if weight.is_floating_point() else stream)
         for step in self.after:
             logits = step({"logits": logits})
+        return logits
+
+    def columns(self, stream: Float[Tensor, "... d_model"], ids: Int[Tensor, " n"]) -> Float[Tensor, "... n"]:
+        """Logits of a few tokens in float32, without those of the rest of the vocabulary.
+
+        Raises:
+            UnsupportedError: the projection has no plain weight, or what follows it is not the same for every token.
+        """
+        for norm in self.norm_modules:
+            stream = norm(stream)
+        for scale in self.scales:
+            stream = stream * scale({})
+        matrix, bias = projection_matrix(self.module, self.name).T, getattr(self.module, "bias", None)
+        ids = ids.to(matrix.device)
+        logits = stream.to(matrix).float() @ matrix[ids].float().T
+        logits = logits if bias is None else logits + bias[ids].float()
+        for step in self.after:
+            try:
+                found = step({"logits": logits})
+            except RuntimeError:  # a constant as wide as the vocabulary
+                found = None
+            if found is None or found.shape != logits.shape:
+                raise UnsupportedError(f"what follows {self.name} is not the same for every token.")
+            logits = found
         return logits
 
     def direction(self, ids: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
