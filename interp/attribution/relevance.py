@@ -61,7 +61,8 @@ def relevance(
     """Chefer's relevance of each source token for the answer at each target position.
 
     For each target (for all together where a classifier's logits are the whole input's) one forward and backward pass,
-    or several where the patterns of all layers and heads do not fit into `memory`. In encoder-decoders the fused matrices [pos, pos] of all layers are held beside that.
+    or several where the patterns of all layers and heads do not fit into `memory`. In encoder-decoders the fused
+    matrices [pos, pos] of all layers are held beside that.
 
     Args:
         lens: a model with logits whose patterns can be read: a decoder, an encoder, a vision transformer, an

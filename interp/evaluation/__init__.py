@@ -1,17 +1,24 @@
-"""How good, and how honest, are captions and answers about images: CHAIR, POPE, MME-style pairs.
+"""What to believe: captions and answers about images (CHAIR, POPE, MME-style pairs), and scores of tokens and patches.
 
-The metrics take any texts and annotations; `caption_images` and `answer_questions` get the texts from a model.
+The metrics take any texts and annotations; `caption_images` and `answer_questions` get the texts from a model. Scores
+of tokens are checked by taking tokens away, against other scores, and against the masks of objects.
 """
 
+from interp.evaluation.agreement import Agreement, agreement
 from interp.evaluation.answering import Answers, answer_questions, answer_tokens, caption_images, image_prompt
 from interp.evaluation.chair import ChairScores, chair
 from interp.evaluation.coco import coco_classes, coco_files, coco_objects
+from interp.evaluation.curve import Curve
+from interp.evaluation.curves import deletion_curve, insertion_curve
+from interp.evaluation.joined import joined
+from interp.evaluation.localisation import Localisation, iou, otsu, pointing
 from interp.evaluation.marking import Piece, marked, pieces
 from interp.evaluation.measured import Measured, Number
 from interp.evaluation.mme import MmeScores, mme
 from interp.evaluation.parsers import parse_answer, parse_answer_compat, parse_answer_mme
 from interp.evaluation.pope import PopeScores, pope
 from interp.evaluation.questions import Question, pope_questions
+from interp.evaluation.ranks import rank_correlation
 from interp.evaluation.records import (
     read_answers,
     read_captions,
@@ -23,8 +30,11 @@ from interp.evaluation.records import (
 from interp.evaluation.vocabulary import Mention, Vocabulary
 
 __all__ = [
+    "Agreement",
     "Answers",
     "ChairScores",
+    "Curve",
+    "Localisation",
     "Measured",
     "Mention",
     "MmeScores",
@@ -33,6 +43,7 @@ __all__ = [
     "PopeScores",
     "Question",
     "Vocabulary",
+    "agreement",
     "answer_questions",
     "answer_tokens",
     "caption_images",
@@ -40,15 +51,22 @@ __all__ = [
     "coco_classes",
     "coco_files",
     "coco_objects",
+    "deletion_curve",
     "image_prompt",
+    "insertion_curve",
+    "iou",
+    "joined",
     "marked",
     "mme",
+    "otsu",
     "parse_answer",
     "parse_answer_compat",
     "parse_answer_mme",
     "pieces",
+    "pointing",
     "pope",
     "pope_questions",
+    "rank_correlation",
     "read_answers",
     "read_captions",
     "read_questions",

@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Measured(Scores):
 
     __slots__ = ()
     settings: Mapping[str, Any]
+    _over: ClassVar[str] = "images"  # what is resampled, in words
 
     def _groups(self) -> list[np.ndarray]:
         """Indices of the images, in groups that are resampled within themselves."""
@@ -168,7 +169,7 @@ class Measured(Scores):
             note = "" if row["defined"] else "nothing to divide by"
             cells = (name, f"{row['value']:.4g}", span, note)
             rows.append("<tr>" + "".join(f"<td style='{cell}'>{html.escape(c)}</td>" for c in cells) + "</tr>")
-        head = "".join(f"<th style='{cell}'>{c}</th>" for c in ("", "value", "95% interval over images", ""))
+        head = "".join(f"<th style='{cell}'>{c}</th>" for c in ("", "value", f"95% interval over {self._over}", ""))
         return (
             f"<div><p><b>{html.escape(self._title())}</b></p><table><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table>{self._more_html()}</div>"
