@@ -8,8 +8,9 @@ The table of families takes longer and has a script of its own: docs/families.py
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "experiments" / "benchmarks" / "results"
@@ -70,11 +71,36 @@ def scenes() -> str:
     return "\n".join(lines)
 
 
+def experiments() -> dict[str, tuple[str, Callable[[], str]]]:
+    """The tables of the experiments that were run, by `experiment: table`, each with its page."""
+    found: dict[str, tuple[str, Callable[[], str]]] = {}
+    for path in sorted((DOCS.parent / "experiments").glob("*/results/*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name, rows in content.get("tables", {}).items() if isinstance(content, dict) else ():
+            found[f"{path.stem}: {name}"] = (f"experiments/{path.stem}.md", lambda rows=rows: markdown(rows))
+    return found
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table; numbers with an interval as value and half its width."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return "\n".join([*lines, *("| " + " | ".join(cell(row[name]) for name in names) + " |" for row in rows)])
+
+
+def cell(found: Any) -> str:
+    """What stands in one cell."""
+    if isinstance(found, Mapping):
+        return f"{found['value']:.2f} ± {(found['high'] - found['low']) / 2:.2f}"
+    return f"{found:.2f}" if isinstance(found, float) else str(found)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "sites": ("sites.md", sites),
     "models": ("api/models.md", models),
     "benchmarks": ("benchmarks.md", benchmarks),
     "scenes": ("scenes.md", scenes),
+    **experiments(),
 }
 
 
@@ -92,13 +118,15 @@ def between(text: str, name: str) -> str:
 def filled(text: str, name: str, table: str) -> str:
     """The page with a table between its markers."""
     begin, end = markers(name)
+    if begin not in text:
+        raise SystemExit(f"the page has no place for the table {name!r}: put the lines {begin!r} and {end!r} into it.")
     before, _, rest = text.partition(begin)
     return f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> None:
     """Rewrite the pages."""
-    for name, (page, make) in TABLES.items():
+    for name, (page, make) in {**TABLES, **experiments()}.items():
         path = DOCS / page
         path.write_text(filled(path.read_text(encoding="utf-8"), name, make()), encoding="utf-8")
 

@@ -257,6 +257,80 @@ def layer_lines(values: Any | Mapping[str, Any], *, title: str = "", unit: str =
     return figure
 
 
+def interval_lines(
+    x: Any,
+    series: Mapping[str, tuple[Any, Any, Any]],
+    *,
+    title: str = "",
+    x_title: str = "",
+    unit: str = "",
+    quiet: Sequence[str] = (),
+) -> "go.Figure":
+    """Lines over numbers, each within its interval.
+
+    Args:
+        x: where the values stand [point], the same for all.
+        series: for each name its values, and the lower and upper ends of their intervals [point]; None for no ends,
+            NaN for a gap.
+        title: plain text above the picture.
+        x_title: what `x` is.
+        unit: what the values are measured in.
+        quiet: names of series drawn in grey, such as a baseline.
+
+    Raises:
+        InputError: nothing to draw, lengths differ, one end of an interval is missing, or there are more series than
+            colours.
+        NonFiniteError: an infinity stands in the numbers.
+    """
+    import plotly.graph_objects as go
+
+    places = finite_array(x, 1, "x [point]")
+    loud = [name for name in series if name not in quiet]
+    if not series or len(loud) > len(LINES):
+        raise InputError(f"interval_lines draws 1 to {len(LINES)} series, found {len(loud)}.")
+    colours = dict(zip(loud, LINES, strict=False))
+    figure, ranges = go.Figure(), []
+    for name, given in series.items():
+        if (given[1] is None) != (given[2] is None):
+            raise InputError(f"the intervals of {name!r} need both ends, or neither.")
+        line, *ends = (finite_array(a, 1, f"values [point] {name}", gaps=True) for a in given if a is not None)
+        if any(len(a) != len(places) for a in (line, *ends)):
+            raise InputError(f"{name!r} has {[len(a) for a in (line, *ends)]} values for {len(places)} points.")
+        colour, ranges = colours.get(name, LINES[-1]), [*ranges, line, *ends]
+        span = "<br>interval %{customdata[0]:.4g} to %{customdata[1]:.4g}" if ends else ""
+        if ends:
+            known = np.isfinite(ends).all(0)
+            at, low, high = places[known], ends[0][known], ends[1][known]
+            figure.add_scatter(
+                x=np.r_[at, at[::-1]],
+                y=np.r_[high, low[::-1]],
+                mode="lines",
+                line={"width": 0},
+                fill="toself",
+                fillcolor=colour,
+                opacity=0.16,
+                hoverinfo="skip",
+                showlegend=False,
+                legendgroup=escape(name),
+            )
+        figure.add_scatter(
+            x=places,
+            y=line,
+            name=escape(name),
+            legendgroup=escape(name),
+            mode="lines+markers",
+            line={"color": colour, "width": 2.2, "dash": "solid" if name in colours else "dot"},
+            marker={"size": 5},
+            customdata=np.stack(ends, axis=1) if ends else None,
+            hovertemplate=f"%{{x}}<br><b>%{{y:.4g}}</b> {escape(unit)}{span}<extra>{escape(name)}</extra>",
+        )
+    _frame(figure, title, width=620, height=300)
+    figure.update_xaxes(title_text=escape(x_title) or None, showgrid=False)
+    figure.update_yaxes(title_text=escape(unit) or None, zeroline=is_diverging(np.concatenate(ranges)))
+    figure.update_layout(showlegend=len(series) > 1)
+    return figure
+
+
 def _cell(count: int, total: int, least: int, most: int) -> int:
     return max(least, min(most, total // count))
 

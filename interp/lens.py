@@ -20,6 +20,7 @@ from interp.engine.probe import probe_inputs, tokens, vocabulary
 from interp.engine.proof import TOLERANCE, prove
 from interp.engine.run import Metric, device_of, generate, parameters_of, run
 from interp.errors import AnatomyError, InputError, SettingsError, UnsupportedError
+from interp.headlist import check_model
 from interp.inputs import batch_of, pad_id, prepare_images, prepare_texts, tokenizer_of
 from interp.reads import Read
 from interp.trace import Trace
@@ -126,11 +127,15 @@ class Lens:
         self._anatomy = found
         self._seen |= set(given)
 
-    def _ready(self, batch: Batch) -> None:
-        """Find parts that this batch is the first to reach, and check that its padding can be trusted."""
+    def _see(self, batch: Batch) -> None:
+        """Find parts that this batch is the first to reach, such as a vision tower."""
         new = {n for n in batch.inputs if n.startswith(("pixel", "input_features", "input_values"))} - self._seen
         if new or self._anatomy is None:
             self._learn(batch.inputs)
+
+    def _ready(self, batch: Batch) -> None:
+        """Find new parts, and check that the batch's padding can be trusted."""
+        self._see(batch)
         if "input_ids" not in batch.inputs or any(n.startswith("pixel") for n in batch.inputs):
             return
         if batch.source_mask is not None and batch.padding in ("left", "mixed"):
@@ -270,7 +275,9 @@ class Lens:
             k: v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in batch.inputs.items()
         }
-        return replace(batch, inputs=inputs).to(device_of(self.model))
+        batch = replace(batch, inputs=inputs).to(device_of(self.model))
+        self._see(batch)  # methods ask for a tower by name before they run
+        return batch
 
     def _side(self, side: str | None) -> str:
         if side not in (None, "left", "right"):
@@ -324,7 +331,7 @@ class Lens:
             self.anatomy,
             self._positioned(batch),
             list(dict.fromkeys(wanted)),
-            flatten(edits),
+            self._mine(edits),
             gradients=[Read.of(r) for r in ([gradients] if isinstance(gradients, (str, Read)) else gradients)],
             metric=metric,
             entry=entry,
@@ -398,13 +405,20 @@ class Lens:
             if seed is not None:
                 torch.manual_seed(seed)
             sequences, trace = generate(
-                self.model, self.anatomy, batch, list(dict.fromkeys(wanted)), flatten(edits), options, to
+                self.model, self.anatomy, batch, list(dict.fromkeys(wanted)), self._mine(edits), options, to
             )
         encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
         new = sequences if encoder_decoder else sequences[:, batch.mask.shape[1] :]
         tokenizer = tokenizer_of(self.processor)
         texts = None if tokenizer is None else tuple(tokenizer.batch_decode(new, skip_special_tokens=True))
         return Generation(texts, new, sequences, trace)
+
+    def _mine(self, edits: Iterable[Edit | Iterable[Edit]]) -> list[Edit]:
+        """Edits as one list; those whose heads come from a ranking have to be of this model."""
+        found = flatten(edits)
+        for edit in found:
+            check_model(edit.model, self.name, edit.name)
+        return found
 
     def layers_with(self, site: str, *, tower: str | None = None) -> list[int]:
         """The layers of a tower that can give a site.

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MONO = 'ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace'
-_INK, _QUIET = "#1f2933", "#e4e7eb"
-_LETTER, _LINE, _WIDE, _TALL = 7.4, 27, 760, 440  # pixels: a letter, a line of text, the largest text and picture
+_INK, QUIET = "#1f2933", "#e4e7eb"
+_LETTER, _LINE, _WIDE, _TALL, _BAR = 7.4, 27, 760, 440, 90  # pixels: a letter, a line, the largest text and picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def token_html(tokens: Sequence[str], scores: np.ndarray, kinds: Sequence[str], 
     chips = list(chips_of(tokens, scores, kinds))
     out = []
     for chip in chips[:limit]:
-        back = _QUIET if chip.score is None else colours(np.array([chip.score]), low, high, signed)[0]
+        back = QUIET if chip.score is None else colours(np.array([chip.score]), low, high, signed)[0]
         number = "" if chip.score is None else f" = {chip.score:.4g}"
         look = f"background:{back};color:{inks([back])[0]};padding:1px 2px;margin:1px;border-radius:3px"
         title = html.escape(html.unescape(chip.hover) + number, quote=True)
@@ -139,6 +139,7 @@ def token_figure(
     tall = 0 if grid is None else round(grid.shape[0] * scale)
     gap, top = 30 if tall else 0, 56 if title else 20
     body = tall + gap + lines * _LINE
+    below = max(16, (_BAR - lines * _LINE) // 2 + 14)  # the text's colour bar may be longer than the text is high
     figure = go.Figure()
     bottom = lines * _LINE / body
     _add_text(figure, chips, places, text_range(values, kinds, largest), unit, (0.0, bottom), lines * _LINE)
@@ -148,9 +149,9 @@ def token_figure(
         title={"text": escape(title), "x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 16}, "y": 0.98}
         | {"yref": "container", "yanchor": "top", "font": {"size": 16, "weight": 600}},
         font={"family": FONT, "size": 12, "color": _INK},
-        margin={"l": 16, "r": 110, "t": top, "b": 16},
+        margin={"l": 16, "r": 110, "t": top, "b": below},
         width=_WIDE + 126,
-        height=body + top + 16,
+        height=body + top + below,
         **dict.fromkeys(("paper_bgcolor", "plot_bgcolor"), "white"),
         barmode="overlay",
         showlegend=False,
@@ -195,7 +196,7 @@ def _add_text(
         if not some:
             continue
         values = np.array([chips[i].score for i in some]) if scored else np.zeros(len(some))
-        back = colours(values, low, high, signed) if scored else [_QUIET] * len(some)
+        back = colours(values, low, high, signed) if scored else [QUIET] * len(some)
         number = f"<br><b>%{{customdata[1]:.4g}}</b> {escape(unit)}" if scored else ""
         figure.add_bar(
             orientation="h",
@@ -314,6 +315,6 @@ def _clear_scale(signed: bool) -> list[list[Any]]:
 def _colourbar(unit: str, middle: float, pixels: int) -> dict[str, Any]:
     return {
         "title": {"text": f"{escape(unit)}<br> " if unit else "", "side": "top", "font": {"size": 12}},
-        **{"thickness": 12, "outlinewidth": 0, "lenmode": "pixels", "len": max(90, min(pixels, 300))},
+        **{"thickness": 12, "outlinewidth": 0, "lenmode": "pixels", "len": max(_BAR, min(pixels, 300))},
         **{"nticks": 5, "ticks": "", "exponentformat": "power", "x": 1.01, "xpad": 8, "y": middle, "yanchor": "middle"},
     }

@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors"},
-    {"sites", "reads", "patches", "files", "palette"},
+    {"sites", "reads", "headlist", "patches", "files", "palette"},
     {"batch", "figures", "token_figures", "results", "models"},
     {"scores", "tokens", "trace", "edits", "data"},
     {"engine", "grids"},
     {"inputs"},
-    {"lens"},
-    {"testing", "heads", "attribution", "evaluation"},
+    {"lens", "without_image"},
+    {"testing", "heads", "attribution"},
+    {"evaluation"},
     {"report"},
     {"cli"},
 ]

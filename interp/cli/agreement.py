@@ -6,20 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from interp.evaluation.ranks import spearman
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from interp.scores import HeadScores
-
-
-def spearman(one: np.ndarray, two: np.ndarray) -> float:
-    """Rank correlation, equal values sharing their mean rank; NaN where one of the two is constant."""
-    import pandas as pd
-
-    first, second = (pd.Series(x).rank().to_numpy() for x in (one, two))
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def top_set(values: np.ndarray, k: int) -> set[int]:

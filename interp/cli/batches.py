@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interp.cli.prompts import images_of
 from interp.cli.settings import HeadsSettings
-from interp.errors import InputError
 from interp.heads import ablation, direct_effect, importance, patterns
 from interp.heads.patterns import pattern_targets
 from interp.scores import HeadScores
@@ -48,23 +48,9 @@ def prompt_chunks(lens: "Lens", prompts: Sequence["Prompt"], size: int) -> list[
         rows = prompts[first : first + size]
         answers, wrong = ([getattr(p, name) for p in rows] for name in ("answer", "wrong"))
         asked = None if answers[0] is None else answers
-        batch = lens.prepare([p.text for p in rows], _images(rows), padding_side="left" if asked else None)
+        batch = lens.prepare([p.text for p in rows], images_of(rows), padding_side="left" if asked else None)
         found.append(Chunk(batch, asked, None if wrong[0] is None else wrong, first))
     return found
-
-
-def _images(prompts: Sequence["Prompt"]) -> list[Any] | None:
-    if all(p.image is None for p in prompts):
-        return None
-    from PIL import Image, UnidentifiedImageError
-
-    images = []
-    for prompt in prompts:
-        try:
-            images.append(None if prompt.image is None else Image.open(prompt.image).convert("RGB"))
-        except UnidentifiedImageError as error:
-            raise InputError(f"{prompt.image} is not an image that can be read.") from error
-    return images
 
 
 def repeated_chunks(lens: "Lens", settings: HeadsSettings) -> list[Chunk]:

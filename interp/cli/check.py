@@ -1,18 +1,23 @@
 """`interp check`: is a config usable, before anything heavy runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def check(config: Annotated[Path, typer.Argument(help="A config such as `interp init` writes.")]) -> None:
     """Check a config, its model's files and its prompt file, without loading any weights."""
+    from interp.cli.fields import read_yaml
     from interp.cli.runfolder import prompts_of
-    from interp.cli.settings import HeadsSettings, check_model, read_config, read_yaml
+    from interp.cli.settings import HeadsSettings, check_model, read_config
 
-    if "task" in read_yaml(config):
+    found = read_yaml(config)
+    if "task" in found:
         _check_evaluation(config)
+        return
+    if _is_attribution(found):
+        _check_attribution(config)
         return
     settings = HeadsSettings.of(read_config(config))
     check_model(settings.model)
@@ -38,3 +43,31 @@ def _check_evaluation(config: Path) -> None:
         given_rows(settings, data)
     what = f"{len(data.questions)} questions" if settings.task == "pope" else f"{len(data.objects)} images"
     typer.echo(f"{config}: usable. {settings.model or settings.texts}: {settings.task}; {what}.")
+
+
+def _is_attribution(found: dict[str, Any]) -> bool:
+    """Whether a config is for `interp attribute`: by its methods, or by settings that no other command has."""
+    from dataclasses import fields
+
+    from interp.cli.attribution.settings import METHODS, AttributeSettings
+    from interp.cli.settings import HeadsSettings
+
+    mine, others = ({row.name for row in fields(cls)} for cls in (AttributeSettings, HeadsSettings))
+    methods = found.get("methods")
+    named = isinstance(methods, list) and any(m in METHODS for m in methods)
+    return named or bool((mine - others) & set(found))
+
+
+def _check_attribution(config: Path) -> None:
+    from interp.cli.attribution.run import prompts_of
+    from interp.cli.attribution.settings import AttributeSettings, read_config
+    from interp.cli.settings import check_model
+
+    settings = AttributeSettings.of(read_config(config))
+    check_model(settings.model)
+    prompts = prompts_of(settings)
+    images = sum(p.image is not None for p in prompts)
+    what = f"{len(prompts)} prompts{f', {images} with an image' if images else ''}"
+    typer.echo(
+        f"{config}: usable. {settings.model}: {', '.join(settings.methods)}; {what}; target {settings.target!r}."
+    )

@@ -7,23 +7,25 @@ import typer
 
 from interp.errors import FileError, unknown
 
-KINDS = ("heads", "chair", "pope")
+KINDS = ("heads", "attribute", "chair", "pope")
 
 
 def init(
-    kind: Annotated[str, typer.Argument(help="What the config is for: heads, chair or pope.")] = "heads",
+    kind: Annotated[str, typer.Argument(help="What the config is for: heads, attribute, chair or pope.")] = "heads",
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("run.yaml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write a commented config to edit, for `interp heads|evaluate --config` and `interp check`."""
+    """Write a commented config to edit, for `interp heads|attribute|evaluate --config` and `interp check`."""
     if kind not in KINDS:
         raise unknown("kind of config", kind, KINDS)
     if out.exists() and not overwrite:
         raise FileError(f"{out} exists already; give another --out, or --overwrite.")
     from interp.cli import settings
+    from interp.cli.attribution import settings as attribution
     from interp.cli.evaluation import settings as evaluation
     from interp.files import write_text
 
-    write_text(out, settings.template() if kind == "heads" else evaluation.template(kind))
-    command = "heads" if kind == "heads" else f"evaluate {kind}"
+    own = {"heads": settings.template, "attribute": attribution.template}
+    write_text(out, own[kind]() if kind in own else evaluation.template(kind))
+    command = kind if kind in own else f"evaluate {kind}"
     typer.echo(f"wrote {out}; edit it, then: interp check {out} && interp {command} --config {out} --out runs/{kind}")

@@ -7,12 +7,18 @@ import typer
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run folder of `interp heads` or `interp evaluate`.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A run folder of `interp heads`, `interp attribute` or `interp evaluate`.")
+    ],
 ) -> None:
     """Rebuild report.html, tables and figures from the scores saved in a run folder."""
-    if _is_evaluation(folder):
-        _evaluation(folder)
-        return
+    from interp.cli.folders import format_of
+
+    makers = {"interp-evaluate-run": _evaluation, "interp-attribute-run": _attribution}
+    typer.echo(f"report: {makers.get(str(format_of(folder)), _heads)(folder)}")
+
+
+def _heads(folder: Path) -> Path:
     from interp.cli.page import write_page
     from interp.cli.runfolder import RunFolder
     from interp.errors import FileError
@@ -22,18 +28,24 @@ def report(
         raise FileError(f"{folder} holds no complete method yet; run the same `interp heads` command again.")
     run.write_tables()
     run.write_figures()
-    typer.echo(f"report: {write_page(run)}")
+    return write_page(run)
 
 
-def _is_evaluation(folder: Path) -> bool:
-    from interp.cli.evaluation.folder import FORMAT
-    from interp.files import read_json
+def _attribution(folder: Path) -> Path:
+    from interp.cli.attribution.folder import AttributionFolder
+    from interp.cli.attribution.page import write_page
+    from interp.cli.attribution.run import draw
+    from interp.errors import FileError
 
-    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
-    return isinstance(record, dict) and record.get("format") == FORMAT
+    run = AttributionFolder.read(folder)
+    if not run.complete:
+        raise FileError(f"{folder} holds no complete method yet; run the same `interp attribute` command again.")
+    run.write_table()
+    draw(run)
+    return write_page(run)
 
 
-def _evaluation(folder: Path) -> None:
+def _evaluation(folder: Path) -> Path:
     from interp.cli.evaluation.folder import EvaluationFolder
     from interp.cli.evaluation.page import write_page
     from interp.errors import FileError
@@ -41,4 +53,4 @@ def _evaluation(folder: Path) -> None:
     run = EvaluationFolder.read(folder)
     if not run.record["complete"]:
         raise FileError(f"{folder} is not complete; run the same `interp evaluate` command again.")
-    typer.echo(f"report: {write_page(run)}")
+    return write_page(run)

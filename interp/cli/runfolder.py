@@ -1,26 +1,29 @@
 """The folder of a run: what it was asked, what is computed already, and the tables; every file whole or not at all."""
 
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp.cli.folders import Kind, write_figures, write_settings
+from interp.cli.prompts import prompts_sha256, write_prompts
 from interp.cli.settings import METHODS, HeadsSettings
 from interp.data import Prompt, read_prompts
-from interp.errors import FileError, SettingsError
-from interp.files import read_json, replacing, sha256, write_json, write_parquet, write_text
+from interp.files import read_json, write_json, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from interp.scores import HeadScores
 
-FORMAT = "interp-heads-run"
-_OURS = ("settings.yaml", "run.json", "prompts.jsonl", "answers.parquet", "heads.parquet", "per_prompt.parquet")
+KIND = Kind(
+    "interp-heads-run",
+    "interp heads",
+    frozenset({"fingerprint", "methods"}),
+    ("settings.yaml", "prompts.jsonl", "answers.parquet", "heads.parquet", "per_prompt.parquet", "report.html"),
+    (*METHODS, "figures"),
+)
 
 
 def prompts_of(settings: HeadsSettings) -> list[Prompt]:
@@ -30,13 +33,6 @@ def prompts_of(settings: HeadsSettings) -> list[Prompt]:
         FileError, InputError: the prompt file cannot be used; the message gives its line.
     """
     return [] if settings.prompts is None else read_prompts(settings.prompts)
-
-
-def fingerprint(settings: HeadsSettings, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What decides what the numbers of a run mean: settings and the content of the prompts."""
-    rows = [{**asdict(p), "image": None if p.image is None else sha256(p.image)} for p in prompts]
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    return settings.hashed() | {"prompts_sha256": digest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +68,12 @@ class RunFolder:
             SettingsError: it holds a run with other settings or prompts; the first that differs is named.
         """
         path = Path(path)
-        asked = fingerprint(settings, prompts)
-        record: dict[str, Any] = {}
-        if (path / "run.json").is_file():
-            if overwrite:
-                _remove(path)
-            else:
-                record = _record(path)
-                _compare(path, record["fingerprint"], asked)
-        elif path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise FileError(f"{path} is no run folder and not empty; give another --out.")
-        before = list(record.get("methods", {}))
-        settings = replace(settings, methods=tuple(m for m in METHODS if m in before or m in settings.methods))
-        text = json.dumps(asked, sort_keys=True).encode()
-        head = {"format": FORMAT, "version": 1, "hash": hashlib.sha256(text).hexdigest(), "fingerprint": asked}
-        record = {"methods": {}, **record, **head, "settings": {**asdict(settings), "methods": list(settings.methods)}}
+        asked = settings.hashed() | {"prompts_sha256": prompts_sha256(prompts)}
+        record = {"methods": {}, **KIND.open(path, asked, overwrite=overwrite)}
+        settings = replace(
+            settings, methods=tuple(m for m in METHODS if m in record["methods"] or m in settings.methods)
+        )
+        record["settings"] = {**asdict(settings), "methods": list(settings.methods)}
         folder = cls(path, settings, prompts, record)
         folder._begin()
         return folder
@@ -99,21 +86,16 @@ class RunFolder:
             FileError: it is none, or damaged.
         """
         path = Path(path)
-        record = _record(path)
+        record = KIND.read(path)
         settings = HeadsSettings.of(record["settings"])
         stored = path / "prompts.jsonl"
         return cls(path, settings, read_prompts(stored) if stored.is_file() else [], record)
 
     def _begin(self) -> None:
-        import yaml
-
         if self.prompts:
-            rows = [_line(p) for p in self.prompts]
-            write_text(self.path / "prompts.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        kept = {**asdict(self.settings), "methods": list(self.settings.methods)}
-        kept["prompts"] = "prompts.jsonl" if self.prompts else None
-        head = "# What this run was asked. To repeat it: interp heads --config settings.yaml --out ANOTHER_FOLDER\n"
-        write_text(self.path / "settings.yaml", head + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+            write_prompts(self.path / "prompts.jsonl", self.prompts)
+        kept = {**self.record["settings"], "prompts": "prompts.jsonl" if self.prompts else None}
+        write_settings(self.path, kept, "interp heads")
         write_json(self.path / "run.json", self.record)
 
     @property
@@ -183,15 +165,11 @@ class RunFolder:
 
     def write_figures(self) -> None:
         """Heat map and bars of each method in `figures/`: one .html each, which draws with the script beside it."""
-        from plotly.offline import get_plotlyjs
-
-        folder = self.path / "figures"
-        write_text(folder / "plotly.min.js", get_plotlyjs())
+        found = {}
         for method, scores in self.scores().items():
             for kind in ("heatmap", "bars"):
-                figure = scores.plot(kind=kind, k=self.settings.top)
-                with replacing(folder / f"{method}-{kind}.html") as temporary:
-                    figure.write_html(temporary, include_plotlyjs="directory", include_mathjax=False)
+                found[f"{method}-{kind}"] = scores.plot(kind=kind, k=self.settings.top)
+        write_figures(self.path / "figures", found)
 
 
 def with_interval(scores: "HeadScores", seed: int) -> Any:
@@ -203,40 +181,3 @@ def with_interval(scores: "HeadScores", seed: int) -> Any:
         frame.insert(3, "low", low.numpy()[at])
         frame.insert(4, "high", high.numpy()[at])
     return frame
-
-
-def _record(path: Path) -> dict[str, Any]:
-    if not (path / "run.json").is_file():
-        raise FileError(f"{path} is no run folder: it holds no run.json. `interp heads --out {path}` makes one.")
-    record = read_json(path / "run.json")
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not {"fingerprint", "methods"} <= set(record):
-        raise FileError(f"{path / 'run.json'} is damaged, or no record of `interp heads`.")
-    return record
-
-
-def _compare(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    different = [key for key in asked if there.get(key) != asked[key]]
-    if not different:
-        return
-    key = different[0]
-    what = (
-        "other prompts"
-        if key == "prompts_sha256"
-        else f"other settings: {key} is {there.get(key)!r} there, asked is {asked[key]!r}"
-    )
-    more = f" (and {', '.join(different[1:])})" if len(different) > 1 else ""
-    raise SettingsError(f"{path} holds a run with {what}{more}. Give another --out, or --overwrite to replace it.")
-
-
-def _remove(path: Path) -> None:
-    # The record goes first: a folder without it is taken for nothing that could be resumed.
-    for name in ("run.json", *_OURS, "report.html"):
-        (path / name).unlink(missing_ok=True)
-    for name in (*METHODS, "figures"):
-        shutil.rmtree(path / name, ignore_errors=True)
-
-
-def _line(prompt: Prompt) -> dict[str, Any]:
-    known = {"text": prompt.text, "answer": prompt.answer, "wrong": prompt.wrong}
-    image = None if prompt.image is None else str(prompt.image.resolve())
-    return {k: v for k, v in {**known, "image": image}.items() if v is not None} | prompt.labels

@@ -3,10 +3,12 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp.cli import fields
+from interp.cli.fields import setting
 from interp.errors import FileError, InputError, SettingsError, unknown
 
 if TYPE_CHECKING:
@@ -18,10 +20,6 @@ UNHASHED = ("methods", "prompts", "device", "batch_size", "top")
 """What does not change the meaning of a number: it may differ when a run is taken up again."""
 
 
-def _row(default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadsSettings:
     """Everything that is chosen for a run of `interp heads`.
@@ -31,42 +29,43 @@ class HeadsSettings:
         SettingsError: a value is of the wrong type or outside its range, or settings contradict each other.
     """
 
-    model: str = _row("", "a packaged model (`interp models`), a folder, or a hub id")
-    methods: tuple[str, ...] = _row((), f"what to compute: {', '.join(METHODS)}", choices=METHODS)
-    prompts: str | None = _row(
+    model: str = setting("", "a packaged model (`interp models`), a folder, or a hub id")
+    methods: tuple[str, ...] = setting(
+        (), f"what to compute: {', '.join(METHODS)}", choices=METHODS, one="method", named=True
+    )
+    prompts: str | None = setting(
         None, "prompt file, .jsonl or .csv: text, and answer and wrong (in a settings file: relative to it)"
     )
-    patterns_on: str = _row(
+    patterns_on: str = setting(
         "auto",
         "inputs of `patterns`: the prompts, or random tokens repeated; auto takes the prompts where there are any",
         choices=("auto", "prompts", "repeated"),
     )
-    repeat_rows: int = _row(8, "how many rows of repeated random tokens", least=1)
-    repeat_length: int = _row(32, "how many tokens each row repeats", least=2)
-    score: str = _row("induction", f"which pattern score ranks the heads: {', '.join(KINDS)}", choices=KINDS)
-    window: int = _row(4, "width of the pattern score `local`, the query itself included", least=1)
-    mode: str = _row("zero", "what ablation puts in a head's place", choices=("zero", "mean"))
-    ablation_prompts: int = _row(0, "ablate on the first so many prompts only; 0 for all", least=0)
-    normalize: str = _row("none", "divide importance by an L2 norm", choices=("none", "layer", "global"))
-    absolute: str = _row("example", "where importance takes the absolute value", choices=("example", "token"))
-    share: bool = _row(False, "give direct_effect as a share of the logit difference instead of in logits")
-    seed: int = _row(0, "seed of every random choice", least=0)
-    dtype: str | None = _row(None, "float32, float16, bfloat16 or auto; null for the model's default")
-    device: str | None = _row(None, "cpu, cuda, cuda:1 or auto; null for the GPU where there is one")
-    batch_size: int = _row(16, "prompts in one run of the model (ablation: up to four times as many)", least=1)
-    top: int = _row(20, "how many heads the rankings list", least=1)
+    repeat_rows: int = setting(8, "how many rows of repeated random tokens", least=1)
+    repeat_length: int = setting(32, "how many tokens each row repeats", least=2)
+    score: str = setting(
+        "induction", f"which pattern score ranks the heads: {', '.join(KINDS)}", choices=KINDS, named=True
+    )
+    window: int = setting(4, "width of the pattern score `local`, the query itself included", least=1)
+    mode: str = setting("zero", "what ablation puts in a head's place", choices=("zero", "mean"))
+    ablation_prompts: int = setting(0, "ablate on the first so many prompts only; 0 for all", least=0)
+    normalize: str = setting("none", "divide importance by an L2 norm", choices=("none", "layer", "global"))
+    absolute: str = setting("example", "where importance takes the absolute value", choices=("example", "token"))
+    share: bool = setting(False, "give direct_effect as a share of the logit difference instead of in logits")
+    seed: int = setting(0, "seed of every random choice", least=0)
+    dtype: str | None = setting(None, "float32, float16, bfloat16 or auto; null for the model's default")
+    device: str | None = setting(None, "cpu, cuda, cuda:1 or auto; null for the GPU where there is one")
+    batch_size: int = setting(16, "prompts in one run of the model (ablation: up to four times as many)", least=1)
+    top: int = setting(20, "how many heads the rankings list", least=1)
 
     def __post_init__(self) -> None:
-        for row in fields(self):
-            _check(row.name, getattr(self, row.name), row.metadata, row.default)
+        fields.check(self)
         if not self.model:
             raise SettingsError("no model is named: give a packaged model (see `interp models`), a folder or a hub id.")
         if not self.methods:
             raise SettingsError(
                 f"no method is named: give --method, one of {', '.join(METHODS)} (several may be given)."
             )
-        if len(set(self.methods)) != len(self.methods):
-            raise SettingsError(f"a method is named twice: {', '.join(self.methods)}.")
         needing = [m for m in self.methods if m != "patterns" or self.patterns_on == "prompts"]
         if self.prompts is None and needing:
             raise SettingsError(f"{', '.join(needing)} need prompts: give --prompts FILE (.jsonl or .csv).")
@@ -78,15 +77,7 @@ class HeadsSettings:
         Raises:
             UnknownNameError: a key is no setting; the nearest are named.
         """
-        known = [row.name for row in fields(cls)]
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            for key, value in layer.items():
-                if key not in known:
-                    raise unknown("setting", key, known)
-                if value is not None or key not in merged:
-                    merged[key] = tuple(value) if key == "methods" and isinstance(value, list) else value
-        return cls(**merged)
+        return fields.merged(cls, layers)
 
     @property
     def repeated(self) -> bool:
@@ -104,113 +95,35 @@ class HeadsSettings:
         Raises:
             InputError: some prompts have an answer (or a wrong one) and others not, or direct_effect finds none.
         """
-        for name in ("answer", "wrong"):
-            have = [getattr(p, name) is not None for p in prompts]
-            if any(have) and not all(have):
-                raise InputError(
-                    f"prompt {have.index(False) + 1} of {len(have)} in {self.prompts} has no {name!r}, but others have "
-                    "one: give it for every prompt or for none."
-                )
-        if prompts and prompts[0].answer is None:
-            if "direct_effect" in self.methods:
-                raise InputError(
-                    f"direct_effect needs the field 'answer' in every prompt of {self.prompts} (a next token such as "
-                    "' Mary'), and 'wrong' for a logit difference; none is there."
-                )
-            if prompts[0].wrong is not None:
-                raise InputError(f"the prompts of {self.prompts} have 'wrong' but no 'answer' to compare it with.")
+        from interp.cli.prompts import check_answers
 
-
-def _check(name: str, value: Any, about: Mapping[str, Any], default: Any) -> None:
-    """One setting: its type, its choices, its range."""
-    if name == "methods":
-        if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
-            raise SettingsError(f"methods is a list of names, found {value!r}.")
-        for method in value:
-            if method not in METHODS:
-                raise unknown("method", method, METHODS)
-        return
-    kind = str if default is None else type(default)
-    if value is None and default is None:
-        return
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        words = {str: "text", int: "a whole number", bool: "true or false"}
-        raise SettingsError(f"{name} is {words[kind]}, found {value!r}.")
-    if about["choices"] and value not in about["choices"]:
-        raise unknown(name, value, about["choices"])
-    if about["least"] is not None and value < about["least"]:
-        raise SettingsError(f"{name} must be at least {about['least']}, found {value}.")
+        check_answers(prompts, self.prompts)
+        if prompts and prompts[0].answer is None and "direct_effect" in self.methods:
+            raise InputError(
+                f"direct_effect needs the field 'answer' in every prompt of {self.prompts} (a next token such as "
+                "' Mary'), and 'wrong' for a logit difference; none is there."
+            )
 
 
 def help_of(name: str) -> str:
     """What a setting is, in one line, with its choices and default."""
-    row = next(row for row in fields(HeadsSettings) if row.name == name)
-    choices = row.metadata["choices"]
-    rest = f" ({'|'.join(choices)})" if choices and name not in ("methods", "score") else ""
-    default = "" if row.default in (None, "", ()) else f" [default: {str(row.default).lower()}]"
-    return f"{row.metadata['help'][0].upper()}{row.metadata['help'][1:]}{rest}.{default}"
+    return fields.help_of(HeadsSettings, name)
 
 
 def template() -> str:
     """A commented config with the defaults, and the demo's model and prompts in place of what has none."""
-    import yaml
-
+    head = "Settings of `interp heads --config`. Options on the command line win over this file."
     shown = {"model": "smollm2-135m", "methods": ["direct_effect", "importance"], "prompts": "prompts.jsonl"}
-    lines = ["# Settings of `interp heads --config`. Options on the command line win over this file."]
-    for row in fields(HeadsSettings):
-        value = shown.get(row.name, row.default)
-        text = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
-        choices = row.metadata["choices"]
-        extra = f": {' | '.join(choices)}" if choices and row.name not in ("methods", "score") else ""
-        lines += ["", f"# {row.metadata['help']}{extra}", f"{row.name}: {text}"]
-    return "\n".join(lines) + "\n"
+    return fields.template(HeadsSettings, head, shown)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in a yaml file; a relative `prompts` is taken relative to the file.
 
     Raises:
-        FileError: the file is missing or not UTF-8.
-        SettingsError: it is not yaml, holds a key twice, or is no mapping.
-        UnknownNameError: a key is no setting.
+        FileError, SettingsError, UnknownNameError: as `interp.cli.fields.read_config`.
     """
-    found = read_yaml(path)
-    known = [row.name for row in fields(HeadsSettings)]
-    for key in found:
-        if key not in known:
-            raise unknown("setting", key, known, where=str(path))
-    if isinstance(found.get("prompts"), str):
-        found["prompts"] = str(Path(path).parent / found["prompts"])
-    return found
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a config holds, whatever it is for.
-
-    Raises:
-        FileError: the file is missing or not UTF-8.
-        SettingsError: it is not yaml, holds a key twice, or is no mapping.
-    """
-    import yaml
-
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileError(f"cannot read the config {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise FileError(f"the config {path} is not UTF-8.") from error
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"the config {path} is not yaml: {error}") from error
-    if not isinstance(found, dict):
-        raise SettingsError(f"the config {path} must hold settings as `name: value`; `interp init` writes one.")
-    seen = re.findall(r"^([A-Za-z_]\w*)\s*:", text, flags=re.MULTILINE)
-    twice = [key for key in seen if seen.count(key) > 1]
-    if twice:
-        raise SettingsError(f"the config {path} holds {twice[0]!r} twice; each setting may stand once.")
-    return found
+    return fields.read_config(path, HeadsSettings, ("prompts",))
 
 
 def check_model(name: str) -> None:

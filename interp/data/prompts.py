@@ -51,14 +51,15 @@ class Prompt:
     """One prompt with what is known about it.
 
     Attributes:
-        text: what the model reads; not empty.
+        text: what the model reads; empty only where a picture stands alone.
         answer: the right continuation with its leading space, such as ` Mary`.
         wrong: a continuation that is to be told apart from the answer.
         image: the picture that goes with the text.
         labels: everything else that is known, by name.
 
     Raises:
-        InputError: the text is empty or blank, a continuation is empty, or answer and wrong are the same.
+        InputError: the text is blank, or empty without an image; a continuation is empty, or answer and wrong are the
+            same.
     """
 
     text: str
@@ -74,7 +75,8 @@ class Prompt:
                 continue
             if not isinstance(value, str):
                 raise InputError(f"{name} is text in quotes, found {json.dumps(value, default=repr)}.")
-            if not (value.strip() if name == "text" else value):
+            alone = name == "text" and value == "" and self.image is not None
+            if not alone and not (value.strip() if name == "text" else value):
                 raise InputError(f"{name} is empty{', or nothing but white space' if name == 'text' else ''}.")
             if any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise InputError(f"{name} holds half of a surrogate pair, which is not text: {value!r}.")
@@ -84,12 +86,16 @@ class Prompt:
             )
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
+def read_prompts(path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None) -> list[Prompt]:
     """Read prompts from a UTF-8 file: `.jsonl` (a json object on each line) or `.csv` (a header, then rows).
 
-    Fields: `text` (required), `answer`, `wrong`, `image` (a path relative to the file); every other field is kept in
-    `labels` as text (json numbers and booleans as json writes them). In csv an empty cell of an optional field means
-    that it is absent. White space is kept: the leading space of an answer matters.
+    Fields: `text` (required, unless there is an image alone), `answer`, `wrong`, `image` (a path); every other field is
+    kept in `labels` as text (json numbers and booleans as json writes them). In csv an empty cell of an optional field
+    means that it is absent. White space is kept: the leading space of an answer matters.
+
+    Args:
+        path: the file.
+        images: the folder that the paths of images are relative to; None for the file's own.
 
     Raises:
         FileError: the file or an image is missing, the path is a folder, or the bytes are not UTF-8.
@@ -114,7 +120,10 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
             f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file in UTF-8."
         ) from error
     rows = _jsonl if path.suffix.lower() == ".jsonl" else _csv
-    prompts = [_prompt(row, path, line) for line, row in rows(text, path)]
+    folder = path.parent if images is None else Path(images)
+    if not folder.is_dir():
+        raise FileError(f"there is no folder {folder} with the images of {path}.")
+    prompts = [_prompt(row, path, line, folder) for line, row in rows(text, path)]
     if not prompts:
         raise InputError(f"{path} holds no prompts; it needs at least one with a text.")
     return prompts
@@ -264,25 +273,26 @@ def _unique(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:
     return found
 
 
-def _prompt(row: Mapping[str, Any], path: Path, line: int) -> Prompt:
+def _prompt(row: Mapping[str, Any], path: Path, line: int, folder: Path) -> Prompt:
     place = f"{path}, line {line}"
     for name in row:
         if name not in FIELDS and (meant := _meant(name)):
             raise InputError(f"{place}: the field {name!r} does not exist; did you mean {meant!r}? ({_allowed()})")
         if not name.strip():
             raise InputError(f"{place}: a field has no name. ({_allowed()})")
-    if "text" not in row:
+    if "text" not in row and row.get("image") is None:
         raise InputError(f"{place}: no field 'text'; found {', '.join(map(repr, row)) or 'none'}. ({_allowed()})")
     labels = {name: _label(value, name, place) for name, value in row.items() if name not in FIELDS}
     image = row.get("image")
     if image is not None:
         if not isinstance(image, str) or not image.strip():
             raise InputError(f"{place}: image is a path in quotes, found {_short(image)}.")
-        image = path.parent / image
+        image = folder / image
         if not image.is_file():
-            raise FileError(f"{place}: there is no image file {image}; paths are relative to the prompt file.")
+            base = "the prompt file" if folder == path.parent else str(folder)
+            raise FileError(f"{place}: there is no image file {image}; paths are relative to {base}.")
     try:
-        return Prompt(row["text"], row.get("answer"), row.get("wrong"), image, labels)
+        return Prompt(row.get("text", ""), row.get("answer"), row.get("wrong"), image, labels)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
 
@@ -302,7 +312,7 @@ def _label(value: Any, name: str, place: str) -> str:
 
 
 def _allowed() -> str:
-    return "known: text (required), answer, wrong, image; any other name is a label"
+    return "known: text (required, but for a picture alone), answer, wrong, image; any other name is a label"
 
 
 def _short(value: Any) -> str:

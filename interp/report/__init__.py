@@ -1,16 +1,32 @@
 """The HTML page: results, pictures and where they came from, in one file that opens without a network."""
 
-from interp.report.blocks import Figure, KeyValues, Picture, Pictures, Prompts, Provenance, Section, Table, Text
+from interp.report.blocks import (
+    Figure,
+    KeyValues,
+    Panel,
+    Panels,
+    Picture,
+    Pictures,
+    Prompts,
+    Provenance,
+    Scale,
+    Section,
+    Table,
+    Text,
+)
 from interp.report.heads import head_sections
 from interp.report.page import write_report
 
 __all__ = [
     "Figure",
     "KeyValues",
+    "Panel",
+    "Panels",
     "Picture",
     "Pictures",
     "Prompts",
     "Provenance",
+    "Scale",
     "Section",
     "Table",
     "Text",

@@ -100,7 +100,56 @@ class Pictures:
     caption: str = ""
 
 
-Block = Text | Table | Figure | KeyValues | Prompts | Pictures
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What colours mean.
+
+    Attributes:
+        colours: `#rrggbb`, from the lowest value to the highest, evenly apart.
+        low: what is written at the lowest.
+        high: what is written at the highest.
+    """
+
+    colours: Sequence[str]
+    low: str
+    high: str
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A coloured text, below a picture where there is one; several stand side by side.
+
+    Attributes:
+        title: plain text above.
+        chips: the text in pieces: what is written, what the mouse shows, the colour behind it and its own (`#rrggbb`).
+        scale: what the colours mean.
+        png: a picture as the bytes of a PNG file, or nothing.
+        png_scale: what the picture's colours mean.
+        note: plain text below.
+    """
+
+    title: str
+    chips: Sequence[tuple[str, str, str, str]] = ()
+    scale: Scale | None = None
+    png: bytes = b""
+    png_scale: Scale | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Coloured texts and pictures side by side, to be compared.
+
+    Attributes:
+        items: what stands side by side.
+        caption: plain text above them.
+    """
+
+    items: Sequence[Panel]
+    caption: str = ""
+
+
+Block = Text | Table | Figure | KeyValues | Prompts | Pictures | Panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +168,7 @@ class Section:
             raise InputError("a section needs a title: the table of contents lists it.")
         for block in self.blocks:
             if not isinstance(block, Block):
-                known = "Text, Table, Figure, KeyValues, Prompts, Pictures"
+                known = "Text, Table, Figure, KeyValues, Prompts, Pictures, Panels"
                 raise InputError(f"section {self.title!r} holds a {type(block).__name__}; its blocks are {known}.")
 
 

@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from interp.errors import InputError
 from interp.files import write_text
-from interp.report.blocks import Block, Figure, KeyValues, Pictures, Prompts, Provenance, Section, Table, Text
+from interp.report.blocks import (
+    Block,
+    Figure,
+    KeyValues,
+    Panel,
+    Panels,
+    Pictures,
+    Prompts,
+    Provenance,
+    Scale,
+    Section,
+    Table,
+    Text,
+)
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -44,7 +57,7 @@ def write_report(
         The path of the page.
 
     Raises:
-        InputError: there is no title or no section, or a picture's text has an unknown mark.
+        InputError: there is no title or no section, a picture's text has an unknown mark, or a colour is none.
         FileError: the file cannot be written.
     """
     import jinja2
@@ -108,6 +121,8 @@ def _block(block: Block) -> dict[str, Any]:
                 for item in block.items
             ]
             return {"kind": "pictures", "items": items, "caption": block.caption}
+        case Panels():
+            return {"kind": "panels", "items": [_panel(item) for item in block.items], "caption": block.caption}
         case Table():
             return {"kind": "table", "caption": block.caption, **_table(block)}
         case Figure():
@@ -127,6 +142,35 @@ def _marks(text: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         if mark not in ("", "right", "wrong"):
             raise InputError(f"a piece of text is marked 'right', 'wrong' or '', found {mark!r}.")
     return list(text)
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    chips = [
+        {"text": text, "hover": hover, "look": f"background:{_colour(back)};color:{_colour(ink)}"}
+        for text, hover, back, ink in panel.chips
+    ]
+    return {
+        "title": panel.title,
+        "chips": chips,
+        "scale": _scale(panel.scale),
+        "png": base64.b64encode(panel.png).decode("ascii"),
+        "png_scale": _scale(panel.png_scale),
+        "note": panel.note,
+    }
+
+
+def _scale(scale: Scale | None) -> dict[str, str] | None:
+    if scale is None:
+        return None
+    colours = ",".join(map(_colour, scale.colours))
+    return {"look": f"background:linear-gradient(90deg,{colours})", "low": scale.low, "high": scale.high}
+
+
+def _colour(colour: str) -> str:
+    """A colour becomes part of a style, so it must be one."""
+    if not re.fullmatch(r"#[0-9a-f]{6}", colour):
+        raise InputError(f"a colour is written '#rrggbb' in lower case, found {colour!r}.")
+    return colour
 
 
 def _table(block: Table) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
+from dataclasses import fields as rows
 from pathlib import Path
 from typing import Any
 
-from interp.cli.settings import read_yaml
-from interp.errors import SettingsError, unknown
+from interp.cli import fields
+from interp.cli.fields import setting
+from interp.errors import SettingsError
 
 TASKS = ("chair", "pope")
 NEGATIVES = ("random", "popular", "adversarial")
@@ -21,10 +23,6 @@ _ONLY = {"chair": ("prompt", "captions", "reference_captions", "vocabulary", "su
     "template", "negatives", "per_image", "minimum", "parser", "answers", "questions")}  # fmt: skip
 
 
-def _row(default: Any, help: str, *, kind: type = str, choices: tuple[str, ...] = (), least: int | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "least": least})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateSettings:
     """Everything that is chosen for a run of `interp evaluate`.
@@ -34,51 +32,52 @@ class EvaluateSettings:
         SettingsError: a value is of the wrong type or outside its range, or settings contradict each other.
     """
 
-    task: str = _row("", "what is evaluated: chair (captions) or pope (yes/no questions)", choices=TASKS)
-    model: str = _row("", "a packaged model (`interp models`), a folder, or a hub id")
-    data: str | None = _row(
+    task: str = setting("", "what is evaluated: chair (captions) or pope (yes/no questions)", choices=TASKS)
+    model: str = setting("", "a packaged model (`interp models`), a folder, or a hub id")
+    data: str | None = setting(
         None, "labelled images: scenes (they come with the package) or coco (--images and --annotations)",
-        choices=("scenes", "coco"),
+        choices=("scenes", "coco"), named=True,
     )  # fmt: skip
-    split: str = _row("test", "which scenes", choices=("train", "validation", "test"))
-    n: int | None = _row(
+    split: str = setting("test", "which scenes", choices=("train", "validation", "test"))
+    n: int | None = setting(
         None, "how many images: scenes 200 where nothing is said; of COCO's all, or so many drawn", kind=int, least=1
     )
-    images: str | None = _row(None, "folder with the images that the annotations name")
-    annotations: str | None = _row(None, "instance annotations in COCO's format (.json)")
-    reference_captions: str | None = _row(None, "reference captions in COCO's format (.json): their objects are there")
-    vocabulary: str = _row(
+    images: str | None = setting(None, "folder with the images that the annotations name")
+    annotations: str | None = setting(None, "instance annotations in COCO's format (.json)")
+    reference_captions: str | None = setting(
+        None, "reference captions in COCO's format (.json): their objects are there"
+    )
+    vocabulary: str = setting(
         "auto",
         "which words name which object: coco, closed (the names alone), or a file; auto: coco if it has the names",
     )
-    captions: str | None = _row(None, "score this file of captions instead of running a model")
-    subset: bool = _row(False, "let the file of captions hold only some of the images", kind=bool)
-    answers: str | None = _row(None, "score this file of answers instead of running a model")
-    questions: str | None = _row(None, "ask these questions (such as POPE's own files) instead of making them")
-    prompt: str | None = _row(None, "what the model is asked; null for the one that fits the data")
-    template: str | None = _row(None, "the question, with {name}; null for the one that fits the data")
-    negatives: tuple[str, ...] = _row(NEGATIVES, "kinds of absent objects asked after", kind=tuple, choices=NEGATIVES)
-    per_image: int = _row(3, "how many present objects of an image are asked after", kind=int, least=1)
-    minimum: int = _row(3, "images with fewer objects are not asked about", kind=int, least=1)
-    parser: str = _row("robust", "how answers are read; compat is POPE's original", choices=PARSERS)
-    chat: bool | None = _row(None, "use the chat template; null where there is one", kind=bool)
-    max_new_tokens: int | None = _row(
+    captions: str | None = setting(None, "score this file of captions instead of running a model")
+    subset: bool = setting(False, "let the file of captions hold only some of the images")
+    answers: str | None = setting(None, "score this file of answers instead of running a model")
+    questions: str | None = setting(None, "ask these questions (such as POPE's own files) instead of making them")
+    prompt: str | None = setting(None, "what the model is asked; null for the one that fits the data")
+    template: str | None = setting(None, "the question, with {name}; null for the one that fits the data")
+    negatives: tuple[str, ...] = setting(NEGATIVES, "kinds of absent objects asked after", choices=NEGATIVES)
+    per_image: int = setting(3, "how many present objects of an image are asked after", least=1)
+    minimum: int = setting(3, "images with fewer objects are not asked about", least=1)
+    parser: str = setting("robust", "how answers are read; compat is POPE's original", choices=PARSERS)
+    chat: bool | None = setting(None, "use the chat template; null where there is one", kind=bool)
+    max_new_tokens: int | None = setting(
         None, "longest text in tokens; null for 64 (captions) or 8 (answers)", kind=int, least=1
     )
-    batch_size: int = _row(16, "images or questions in one run of the model", kind=int, least=1)
-    seed: int = _row(0, "seed of every random choice", kind=int, least=0)
-    resamples: int = _row(1000, "how often the images are drawn anew for the intervals", kind=int, least=1)
-    examples: int = _row(8, "how many images the report shows", kind=int, least=0)
-    dtype: str | None = _row(None, "float32, float16, bfloat16 or auto; null for the model's default")
-    device: str | None = _row(None, "cpu, cuda, cuda:1 or auto; null for the GPU where there is one")
+    batch_size: int = setting(16, "images or questions in one run of the model", least=1)
+    seed: int = setting(0, "seed of every random choice", least=0)
+    resamples: int = setting(1000, "how often the images are drawn anew for the intervals", least=1)
+    examples: int = setting(8, "how many images the report shows", least=0)
+    dtype: str | None = setting(None, "float32, float16, bfloat16 or auto; null for the model's default")
+    device: str | None = setting(None, "cpu, cuda, cuda:1 or auto; null for the GPU where there is one")
 
     def __post_init__(self) -> None:
-        for row in fields(self):
-            _check(row.name, getattr(self, row.name), row.metadata, row.default)
+        fields.check(self)
         if not self.task:
             raise SettingsError(f"no task is named: one of {', '.join(TASKS)}.")
         other = "pope" if self.task == "chair" else "chair"
-        for row in fields(self):
+        for row in rows(self):
             if row.name in _ONLY[other] and getattr(self, row.name) != row.default:
                 raise SettingsError(f"{row.name} is a setting of `interp evaluate {other}`, not of {self.task}.")
         if not self.model and self.texts is None:
@@ -118,15 +117,7 @@ class EvaluateSettings:
         Raises:
             UnknownNameError: a key is no setting; the nearest are named.
         """
-        known = [row.name for row in fields(cls)]
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            for key, value in layer.items():
-                if key not in known:
-                    raise unknown("setting", key, known)
-                if value is not None or key not in merged:
-                    merged[key] = tuple(value) if key == "negatives" and isinstance(value, list) else value
-        return cls(**merged)
+        return fields.merged(cls, layers)
 
     @property
     def source(self) -> str:
@@ -153,69 +144,25 @@ class EvaluateSettings:
         return kept | more
 
 
-def _check(name: str, value: Any, about: Mapping[str, Any], default: Any) -> None:
-    """One setting: its type, its choices, its range."""
-    kind = about["kind"]
-    if value is None and default is None:
-        return
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        words = {str: "text", int: "a whole number", bool: "true or false", tuple: "a list of names"}
-        raise SettingsError(f"{name} is {words[kind]}, found {value!r}.")
-    if kind is tuple:
-        names: list[Any] = [*(value or ())]
-        if not names or len(set(names)) < len(names):
-            raise SettingsError(
-                f"{name} are one or more names, each once; found {', '.join(map(str, names)) or 'none'}."
-            )
-        for one in names:
-            if one not in about["choices"]:
-                raise unknown(name, one, about["choices"])
-    elif about["choices"] and value != default and value not in about["choices"]:
-        raise unknown(name, value, about["choices"])
-    if about["least"] is not None and value < about["least"]:
-        raise SettingsError(f"{name} must be at least {about['least']}, found {value}.")
-
-
 def help_of(name: str) -> str:
     """What a setting is, in one line, with its choices and default."""
-    row = next(row for row in fields(EvaluateSettings) if row.name == name)
-    choices = row.metadata["choices"]
-    rest = f" ({'|'.join(choices)})" if choices and name != "data" else ""
-    default = "" if row.default in (None, "", ()) or row.metadata["kind"] is tuple else f" [default: {row.default}]"
-    return f"{row.metadata['help'][0].upper()}{row.metadata['help'][1:]}{rest}.{default}"
+    return fields.help_of(EvaluateSettings, name)
 
 
 def template(task: str) -> str:
     """A commented config for one task, with the defaults."""
-    import yaml
-
+    head = f"Settings of `interp evaluate {task} --config`. Options on the command line win over this file."
     other = _ONLY["pope" if task == "chair" else "chair"]
-    lines = [f"# Settings of `interp evaluate {task} --config`. Options on the command line win over this file."]
-    for row in fields(EvaluateSettings):
-        if row.name in other:
-            continue
-        value: Any = {"task": task, "model": "scenes"}.get(row.name, row.default)
-        value = list(value) if isinstance(value, tuple) else value
-        text = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
-        choices = row.metadata["choices"]
-        lines += ["", f"# {row.metadata['help']}{': ' + ' | '.join(choices) if choices else ''}", f"{row.name}: {text}"]
-    return "\n".join(lines) + "\n"
+    return fields.template(EvaluateSettings, head, {"task": task, "model": "scenes"}, without=other)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in a yaml file; relative names of files are taken relative to it.
 
     Raises:
-        FileError: the file is missing or not UTF-8.
-        SettingsError: it is not yaml, holds a key twice, or is no mapping.
-        UnknownNameError: a key is no setting.
+        FileError, SettingsError, UnknownNameError: as `interp.cli.fields.read_config`.
     """
-    found = read_yaml(path)
-    known = [row.name for row in fields(EvaluateSettings)]
-    for key in found:
-        if key not in known:
-            raise unknown("setting", key, known, where=str(path))
-    for key in (*FILES, "vocabulary"):
-        if isinstance(found.get(key), str) and found[key] not in VOCABULARIES:
-            found[key] = str(Path(path).parent / found[key])
+    found = fields.read_config(path, EvaluateSettings, FILES)
+    if isinstance(found.get("vocabulary"), str) and found["vocabulary"] not in VOCABULARIES:
+        found["vocabulary"] = str(Path(path).parent / found["vocabulary"])
     return found

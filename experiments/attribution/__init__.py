@@ -1,0 +1,1 @@
+"""Which attribution to believe: four experiments, each one table in docs/experiments/ and one command."""
