@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.errors import EditError, SettingsError, UnsupportedError, unknown
+from interp.headlist import HeadList, Heads
 from interp.reads import Positions, Read, check_positions
 
 if TYPE_CHECKING:
@@ -48,12 +49,14 @@ class Edit:
         change: gets the selected part of the value and returns its replacement, of the same shape.
         name: what it is, for error messages and settings.
         keys: for `scores` and `pattern`, which key columns the change concerns.
+        model: the model whose ranking named the heads, if that is known: no other model takes the edit.
     """
 
     read: Read
     change: Change
     name: str
     keys: Positions | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse sites that cannot be edited."""
@@ -94,37 +97,60 @@ def _finite(name: str, value: Tensor | float) -> Tensor:
     return tensor
 
 
-def _pairs(pairs: Sequence[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
-    by_layer: dict[int, list[int]] = {}
-    for layer, head in pairs:
-        by_layer.setdefault(int(layer), []).append(int(head))
-    return {layer: tuple(dict.fromkeys(heads)) for layer, heads in sorted(by_layer.items())}
+Factor = float | Float[Tensor, " batch"] | Float[Tensor, "batch head"]
 
 
+@overload
 def scale_heads(
-    factor: float | Float[Tensor, " batch"] | Float[Tensor, "batch head"],
+    heads: Heads, factor: Factor, /, *, positions: Positions = "all", tower: str | None = None
+) -> list[Edit]: ...
+@overload
+def scale_heads(
+    factor: Factor,
+    /,
     *,
-    pairs: Sequence[tuple[int, int]] | None = None,
+    pairs: Heads | None = None,
+    layers: int | Sequence[int] | None = None,
+    heads: int | Sequence[int] | None = None,
+    positions: Positions = "all",
+    tower: str | None = None,
+) -> list[Edit]: ...
+def scale_heads(
+    first: Any,
+    second: Factor | None = None,
+    /,
+    *,
+    pairs: Heads | None = None,
     layers: int | Sequence[int] | None = None,
     heads: int | Sequence[int] | None = None,
     positions: Positions = "all",
     tower: str | None = None,
 ) -> list[Edit]:
-    """Multiply head outputs (`z`) before the output projection.
+    """Multiply head outputs (`z`) before the output projection: `scale_heads(scores.top(16), -1.0)`.
 
     Args:
-        factor: one number, one for each sample [batch], or one for each sample and chosen head [batch, head]
-            (so that each sample can have its own set of heads).
-        pairs: (layer, head) pairs; instead of `layers` and `heads`.
+        first: the heads, as (layer, head) pairs or a frame with columns `layer` and `head`, with the factor behind
+            them; or the factor alone, the heads then being those that `pairs`, or `layers` and `heads`, name.
+        second: the factor: one number, one for each sample [batch], or one for each sample and chosen head
+            [batch, head] (so that each sample can have its own set of heads).
+        pairs: heads, as in `first`; instead of `layers` and `heads`.
         layers: which layers; None for all.
         heads: which heads; None for all.
         positions: where.
-        tower: which tower.
+        tower: which tower; None for that of the ranking, or the main one.
 
     Raises:
-        SettingsError: `pairs` given together with `layers` or `heads`.
-        EditError: the factor holds NaN or infinity.
+        SettingsError: `pairs` given together with `layers` or `heads`, or heads named twice.
+        EditError: the factor holds NaN or infinity, or the heads are no such list. In a run, when the ranking that
+            named the heads is of another model.
     """
+    factor = first
+    if second is not None:
+        if pairs is not None:
+            raise SettingsError("scale_heads: the heads are given twice, in front and as pairs.")
+        pairs, factor = first, second
+    elif isinstance(first, (list, tuple)) or hasattr(first, "columns"):
+        raise SettingsError("scale_heads: give the factor behind the heads: scale_heads(heads, -1.0).")
     value = _finite("scale_heads", factor)
     if value.ndim > 2:
         raise EditError(f"scale_heads: factor must be a number, [batch] or [batch, head], got {tuple(value.shape)}.")
@@ -148,7 +174,7 @@ def _at(
     name: str,
     site: str,
     change: Change,
-    pairs: Sequence[tuple[int, int]] | None,
+    pairs: Heads | None,
     layers: int | Sequence[int] | None,
     heads: int | Sequence[int] | None,
     positions: Positions,
@@ -160,9 +186,11 @@ def _at(
         return [Edit(read, change, name, keys)]
     if layers is not None or heads is not None:
         raise SettingsError(f"{name}: give either pairs, or layers and heads, not both.")
+    listed = HeadList.of(pairs)
+    tower = listed.within(tower, name)
     return [
-        Edit(Read(site, layers=(layer,), heads=hs, positions=positions, tower=tower), change, name, keys)
-        for layer, hs in _pairs(pairs).items()
+        Edit(Read(site, layers=(layer,), heads=hs, positions=positions, tower=tower), change, name, keys, listed.model)
+        for layer, hs in listed.by_layer.items()
     ]
 
 
@@ -171,7 +199,7 @@ def ablate(
     site: str = "z",
     mode: Literal["zero", "mean", "resample"] = "zero",
     reference: Trace | None = None,
-    pairs: Sequence[tuple[int, int]] | None = None,
+    pairs: Heads | None = None,
     layers: int | Sequence[int] | None = None,
     heads: int | Sequence[int] | None = None,
     positions: Positions = "all",
@@ -185,7 +213,7 @@ def ablate(
         mode: `zero`; `mean` over the samples and positions of a reference run; or `resample`, the same positions of
             another sample of the reference run.
         reference: a trace of the same site and layers (all positions, all heads), for `mean` and `resample`.
-        pairs: (layer, head) pairs; instead of `layers` and `heads`.
+        pairs: (layer, head) pairs, or a frame with these columns; instead of `layers` and `heads`.
         layers: which layers; None for all.
         heads: which heads; None for all.
         positions: where.
@@ -200,6 +228,8 @@ def ablate(
         raise unknown("ablation mode", mode, ("zero", "mean", "resample"))
     if (reference is None) != (mode == "zero"):
         raise SettingsError(f"ablate: mode {mode!r} {'takes no' if mode == 'zero' else 'needs a'} reference trace.")
+
+    tower = tower if pairs is None else HeadList.of(pairs).within(tower, "ablate")
 
     def change(value: Tensor, where: Where) -> Tensor:
         if reference is None:
@@ -318,7 +348,7 @@ def mask_attention(
     *,
     queries: Positions = "all",
     keys: Positions = "all",
-    pairs: Sequence[tuple[int, int]] | None = None,
+    pairs: Heads | None = None,
     layers: int | Sequence[int] | None = None,
     heads: int | Sequence[int] | None = None,
     tower: str | None = None,
@@ -328,7 +358,7 @@ def mask_attention(
     Args:
         queries: which query positions.
         keys: which key positions.
-        pairs: (layer, head) pairs; instead of `layers` and `heads`.
+        pairs: (layer, head) pairs, or a frame with these columns; instead of `layers` and `heads`.
         layers: which layers; None for all.
         heads: which heads; None for all.
         tower: which tower.
@@ -357,7 +387,7 @@ def reweight_attention(
     *,
     queries: Positions = "all",
     keys: Positions = "all",
-    pairs: Sequence[tuple[int, int]] | None = None,
+    pairs: Heads | None = None,
     layers: int | Sequence[int] | None = None,
     heads: int | Sequence[int] | None = None,
     tower: str | None = None,
@@ -369,7 +399,7 @@ def reweight_attention(
         factor: what they are multiplied with; not negative.
         queries: which query positions.
         keys: which key positions.
-        pairs: (layer, head) pairs; instead of `layers` and `heads`.
+        pairs: (layer, head) pairs, or a frame with these columns; instead of `layers` and `heads`.
         layers: which layers; None for all.
         heads: which heads; None for all.
         tower: which tower.

@@ -108,6 +108,8 @@ class HeadScores(Scores):
         ranked in the order of layers and heads). With `per_prompt`, one row for each prompt and head, with `prompt`
         first, ranked within the prompt; extra columns are left out, for they are not known by prompt.
 
+        Its `attrs` name the model and the tower, so that edits refuse the heads of another model.
+
         Raises:
             InputError: `per_prompt` is asked for, and these scores have none.
         """
@@ -124,10 +126,11 @@ class HeadScores(Scores):
                 "score": table.ravel(),
                 "rank": np.concatenate([_ranks(row) for row in table]),
             }
-            return pd.DataFrame(columns)
+            return self._named(pd.DataFrame(columns))
         score = self.scores[layers, heads].numpy()
         extra = {key: column[layers, heads].numpy() for key, column in self.extra.items()}
-        return pd.DataFrame({"layer": layers, "head": heads, "score": score, **extra, "rank": _ranks(score)})
+        frame = pd.DataFrame({"layer": layers, "head": heads, "score": score, **extra, "rank": _ranks(score)})
+        return self._named(frame)
 
     def top(self, k: int = 10, by: str = "score", *, largest: bool = True) -> "pd.DataFrame":
         """The first `k` heads of a ranking (all of them where there are fewer), best first.
@@ -138,7 +141,8 @@ class HeadScores(Scores):
             largest: rank from the largest value down; False ranks from the smallest up.
 
         Returns:
-            A frame with `rank` (1 first; in this ranking), `layer`, `head`, `score` and the extra columns.
+            A frame with `rank` (1 first; in this ranking), `layer`, `head`, `score` and the extra columns. Edits take
+            it as a list of heads: `edits.scale_heads(scores.top(16), -1.0)`.
 
         Raises:
             UnknownNameError: `by` names nothing to rank by.
@@ -152,7 +156,7 @@ class HeadScores(Scores):
         key = frame["score"].abs() if by == "abs" else frame[by]
         frame["rank"] = _ranks(key.to_numpy() if largest else -key.to_numpy())
         frame = frame.sort_values("rank", ignore_index=True).head(k)
-        return frame.reindex(columns=["rank", "layer", "head", "score", *self.extra])
+        return self._named(frame.reindex(columns=["rank", "layer", "head", "score", *self.extra]))
 
     def plot(
         self,
@@ -267,6 +271,11 @@ class HeadScores(Scores):
             f"<div style='display:flex;flex-wrap:wrap;gap:24px;align-items:flex-start'>{picture}"
             f"<table><thead><tr>{names}</tr></thead><tbody>{cells}</tbody></table></div></div>"
         )
+
+    def _named(self, frame: "pd.DataFrame") -> "pd.DataFrame":
+        model = self.settings.get("model")
+        frame.attrs.update({"tower": self.tower} | ({"model": model} if isinstance(model, str) else {}))
+        return frame
 
     def _title(self) -> str:
         model = self.settings.get("model")

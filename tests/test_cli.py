@@ -15,13 +15,13 @@ import yaml
 from typer.testing import CliRunner
 
 import interp
-from interp.cli.agreement import agreement, halves, spearman
 from interp.cli.app import app
 from interp.cli.batches import compute, prompt_chunks, repeated_chunks
 from interp.cli.described import describe, spans
 from interp.cli.settings import KINDS, HeadsSettings, read_config, template
 from interp.data import Prompt, read_prompts
 from interp.errors import InputError, SettingsError, UnknownNameError
+from interp.heads.agreement import agreement, halves, spearman
 from interp.heads.patterns import KINDS as PATTERN_KINDS
 from interp.scores import HeadScores
 from tests.zoo import build, processor

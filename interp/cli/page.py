@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp.cli.agreement import agreement, halves
 from interp.cli.runfolder import RunFolder, with_interval
 from interp.cli.texts import QUESTIONS, ROLES, TITLES, explanation
 from interp.figures import pattern_heatmap
+from interp.heads.agreement import agreement, halves
 from interp.report import Figure, KeyValues, Prompts, Provenance, Section, Table, Text, head_sections, write_report
 
 if TYPE_CHECKING:

@@ -12,11 +12,13 @@ The signed derivative is kept beside it: where it is positive, the loss falls wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 
 from interp.batch import Batch
+from interp.edits import Edit
 from interp.errors import unknown
 from interp.heads.common import Answers, chosen_metric, head_grid, head_scores, settings_of
 from interp.lens import Lens
@@ -31,6 +33,7 @@ def importance(
     wrong: Answers | None = None,
     absolute: Literal["example", "token"] = "example",
     normalize: Literal["none", "layer", "global"] = "none",
+    edits: Iterable[Edit | Iterable[Edit]] = (),
 ) -> HeadScores:
     """Sensitivity of the loss (or of a logit difference) to each head.
 
@@ -42,6 +45,7 @@ def importance(
         wrong: wrong next tokens.
         absolute: take the absolute value per example (paper) or per token (reference code).
         normalize: divide by the L2 norm of each layer, of all heads, or not at all.
+        edits: what is changed in the model meanwhile; a head whose output is zero has importance zero.
 
     Returns:
         Scores [layer, head] with `per_prompt`, and the mean signed derivative as the extra column `signed`.
@@ -57,7 +61,7 @@ def importance(
     metric, unit = chosen_metric(lens, batch, answers, wrong)
     layers, counts, valid = head_grid(lens)
     site = f"z.{','.join(map(str, layers))}"
-    trace = lens.run(batch, [site], gradients=[site], metric=metric)
+    trace = lens.run(batch, [site], edits, gradients=[site], metric=metric)
     per_prompt = torch.zeros(len(batch), *valid.shape)
     signed = torch.zeros(valid.shape)
     for layer in layers:
