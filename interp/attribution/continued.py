@@ -14,6 +14,7 @@ from interp.batch import Batch
 from interp.errors import InputError, UnsupportedError
 from interp.inputs import pad_id, tokenizer_of
 from interp.lens import Lens
+from interp.reads import Read
 
 
 def continued(lens: Lens, batch: Batch, tokens: Int[Tensor, "batch new"]) -> tuple[Batch, Bool[Tensor, "batch pos"]]:
@@ -34,7 +35,8 @@ def continued(lens: Lens, batch: Batch, tokens: Int[Tensor, "batch new"]) -> tup
 
     Raises:
         InputError: the prompts are padded on the right, tokens that do not fit, or no answer at all.
-        UnsupportedError: an encoder-decoder, or an input of the model that cannot be continued.
+        UnsupportedError: an encoder-decoder, an input of the model that cannot be continued, or a prompt that would see
+            its answer.
     """
     size, width = batch.mask.shape
     if "decoder_input_ids" in batch.inputs or "input_ids" not in batch.inputs:
@@ -61,7 +63,37 @@ def continued(lens: Lens, batch: Batch, tokens: Int[Tensor, "batch new"]) -> tup
     predicts[:, width - 1 : -1] = real
     image = None if batch.image_mask is None else torch.cat([batch.image_mask, torch.zeros_like(real)], 1)
     whole = replace(batch, inputs=inputs, mask=mask, image_mask=image, texts=None, tokens=None, offsets=None)
+    if "token_type_ids" in inputs:
+        whole = _marked(lens, batch, whole)
     return _with_text(lens, batch, whole, new, real), predicts
+
+
+def _marked(lens: Lens, batch: Batch, whole: Batch) -> Batch:
+    """Marks of the parts of a text decide in some families who sees whom: the answer must change no prompt.
+
+    The answer is marked as the prompt's last token is (Gemma 3), or with one, apart from its prompt (PaliGemma).
+    """
+    if _causal(lens, batch, whole):
+        return whole
+    marks = whole.inputs["token_type_ids"].clone()
+    marks[:, batch.mask.shape[1] :] = 1
+    whole = replace(whole, inputs={**whole.inputs, "token_type_ids": marks})
+    if _causal(lens, batch, whole):
+        return whole
+    raise UnsupportedError(
+        f"{lens.name} sees the answer from its prompt in one pass, which it does not while it answers: what it said "
+        "cannot be explained in one pass."
+    )
+
+
+def _causal(lens: Lens, batch: Batch, whole: Batch) -> bool:
+    """Whether the prompts' last positions are the same with the answers behind them."""
+    end = torch.zeros_like(whole.mask)
+    end[:, batch.mask.shape[1] - 1] = True
+    alone = Read("resid_post", layers=(0,), positions="last")
+    there = alone.but(positions=end)
+    one, two = lens.run(batch, alone).values[alone, 0].float(), lens.run(whole, there).values[there, 0].float()
+    return float((one - two).norm()) <= 1e-2 * float(one.norm())
 
 
 def _ends(lens: Lens) -> list[int]:

@@ -32,7 +32,7 @@ from interp.attribution.common import token_text
 from interp.attribution.continued import continued
 from interp.batch import Batch, Selection
 from interp.edits import Edit
-from interp.errors import SettingsError, UnsupportedError
+from interp.errors import SettingsError
 from interp.heads.answer_scores import AnswerScores, answer_spans
 from interp.heads.common import head_grid, settings_of
 from interp.heads.vision_divergence import UNITS, Form, Outliers, check_options, ruled
@@ -88,7 +88,6 @@ def token_divergence(
     layers, counts, valid = head_grid(lens, site=site)
     chosen = whole.select(predicts)
     size, width = chosen.index.shape
-    _check_causal(lens, batch, whole, Read(site, layers=(layers[0],), positions="last"))
     each = 2 * size * width * torch.finfo(lens.dtype).bits // 8
     groups = _groups(lens, layers, each, site, memory)
     seen = _outputs(lens, whole, site, predicts, groups, ())
@@ -104,22 +103,6 @@ def token_divergence(
     own = {"form": form, "outliers": outliers, "site": site, "k": "half" if k is None else k}
     settings = settings_of(lens, batch, method="token_divergence", **own, **blind.settings)
     return _answers(lens, whole, chosen, scores, heads, UNITS[form], settings)
-
-
-def _check_causal(lens: Lens, batch: Batch, whole: Batch, read: Read) -> None:
-    """Where a model marks the parts of its text, these decide who sees whom: the answer must change no prompt."""
-    if "token_type_ids" not in whole.inputs:
-        return
-    end = torch.zeros_like(whole.mask)
-    end[:, batch.mask.shape[1] - 1] = True
-    alone, there = lens.run(batch, read), lens.run(whole, again := read.but(positions=end))
-    layer = (read.layers or (0,))[0]
-    one, two = alone.values[read, layer].float(), there.values[again, layer].float()
-    if not float((one - two).norm()) <= 1e-2 * float(one.norm()):
-        raise UnsupportedError(
-            f"{lens.name} sees the answer from its prompt in one pass, which it does not while it answers: the "
-            "divergence of its tokens cannot be read in one pass."
-        )
 
 
 def _groups(lens: Lens, layers: Sequence[int], each: int, site: str, memory: int) -> list[list[int]]:
