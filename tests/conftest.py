@@ -24,8 +24,10 @@ def pytest_configure(config):
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
+    # In the environment, so that commands and notebooks that a test starts keep to it: threads of two workers that wait
+    # for each other on two cores take many times as long.
+    threads = os.environ.setdefault("OMP_NUM_THREADS", "1" if os.environ.get("PYTEST_XDIST_WORKER") else "2")
+    torch.set_num_threads(int(threads))
 
 
 def packaged(name: str):

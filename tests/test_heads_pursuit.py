@@ -130,6 +130,25 @@ def test_most_atoms_are_never_scored():
     assert found.atoms[:4].tolist() == taken
 
 
+def test_the_best_atom_may_have_a_low_bound():
+    """A hundred atoms along outputs of few large numbers have twice the length of the best one, whose are all equal."""
+    outputs = torch.zeros(100, 2, dtype=torch.float64)
+    outputs[:9, 0] = 10 / 3  # length 10, sum of sizes 30
+    outputs[:, 1] = 0.5 * torch.tensor([1.0, -1.0]).repeat(50)  # length 5, sum 50: the bound sqrt(n) times length
+    atoms = torch.zeros(201, 2, dtype=torch.float64)
+    atoms[:200, 0] = torch.linspace(0.95, 1.0, 200)
+    atoms[200, 1] = 1.0
+    found = matching_pursuit(outputs, torch.eye(2, dtype=torch.float64), Dictionary.of(atoms, normalize=False), 2)
+    assert found.atoms.tolist() == [200, 199]
+
+
+def test_a_dictionary_without_anything_new_to_say_ends_the_pursuit():
+    outputs, weight, atoms, _ = problem(0)
+    few = torch.cat([atoms[:3], atoms[:1] - 2 * atoms[1:2], 3 * atoms[2:3]])
+    for normalize in (False, True):
+        assert len(matching_pursuit(outputs, weight, Dictionary.of(few, normalize=normalize), 5).atoms) == 3
+
+
 def test_equal_atoms_are_taken_once_and_in_their_order():
     outputs, weight, atoms, k = problem(4)
     first = int(matching_pursuit(outputs, weight, Dictionary.of(atoms, normalize=False), 1).atoms[0])

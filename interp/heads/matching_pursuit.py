@@ -159,6 +159,7 @@ class _Screen:
     Attributes:
         parts: y_j of the description above [v, r].
         carried: bounds that stem from scores computed before; infinite for atoms that were not.
+        inexact: of a score computed from exact parts, at most: this number times sqrt(n) |y_j|.
         error: of parts, at most: this number times the atom's length (one for normalised atoms).
         scored: how many scores were computed.
     """
@@ -169,6 +170,9 @@ class _Screen:
         self.samples = basis.T.float().to(self.device).contiguous()
         self.unit = _ROUNDING[torch.get_float32_matmul_precision()]
         self.sizes = torch.ones_like(dictionary.sizes) if dictionary.normalize else dictionary.sizes
+        r, n = self.samples.shape
+        # Of a score beside sqrt(n) |y_j|: of the product with the samples, and of the sum over them.
+        self.inexact = self.unit * (r * r**0.5 + n + r + 4)
         # Of a product with an atom, and of the division by its length.
         self.rounding = (whole.shape[1] + 8) * self.unit * (2 if dictionary.normalize else 1)
         self.carried = torch.full_like(dictionary.sizes, torch.inf)
@@ -188,20 +192,19 @@ class _Screen:
 
     def best(self, residual: Float[Tensor, "r d"]) -> int:
         """The atom with the largest score."""
-        r, n = self.samples.shape
+        root = self.samples.shape[1] ** 0.5
         lengths = torch.linalg.vector_norm(self.parts, dim=1)
-        # The margin of a float32 score: of the parts, of the product with the samples, and of the sum over them.
-        margin = n**0.5 * (self.error * self.sizes + self.unit * (r * r**0.5 + n + r + 4) * lengths)
-        upper = torch.minimum(n**0.5 * lengths + margin, self.carried)
+        upper = (lengths * (root + root * self.inexact)).add_(self.sizes, alpha=root * self.error)
+        torch.minimum(upper, self.carried, out=upper)
         upper[self.taken] = -torch.inf
         first = upper.topk(min(64, len(upper))).indices
-        found = [(first, self._scores(first, margin, upper))]
+        found = [(first, self._scores(first, lengths, upper))]
         low = found[0][1][0]
         rest = (upper > low).nonzero()[:, 0]
         rest = rest[upper[rest].argsort(descending=True)]
         while len(rest):
             some, rest = rest[:_CHUNK], rest[_CHUNK:]
-            found.append((some, self._scores(some, margin, upper)))
+            found.append((some, self._scores(some, lengths, upper)))
             low = max(low, found[-1][1][0])
             rest = rest[: int((upper[rest] > low).sum())]
         near = torch.cat([index[high >= low] for index, (_, high) in found]).cpu()
@@ -212,14 +215,13 @@ class _Screen:
         return int(near[exact == exact.max()].min())
 
     def _scores(
-        self, index: Int[Tensor, " n"], margin: Float[Tensor, " v"], upper: Float[Tensor, " v"]
+        self, index: Int[Tensor, " n"], lengths: Float[Tensor, " v"], upper: Float[Tensor, " v"]
     ) -> tuple[float, Float[Tensor, " n"]]:
         """Score some atoms: the largest of the scores' lower bounds, and their upper bounds."""
-        score = (self.parts[index] @ self.samples).abs().sum(1)
-        high = score + margin[index]
-        score = score - margin[index]
-        score[upper[index] == -torch.inf] = -torch.inf
-        high[upper[index] == -torch.inf] = -torch.inf
+        margin = self.samples.shape[1] ** 0.5 * (self.error * self.sizes[index] + self.inexact * lengths[index])
+        score = (self.parts[index] @ self.samples).abs().sum(1).masked_fill(upper[index] == -torch.inf, -torch.inf)
+        high = score + margin
+        score = score - margin
         self.carried[index] = high
         upper[index] = -torch.inf
         self.scored += len(index)
@@ -236,7 +238,8 @@ class _Screen:
         self.taken.append(atom)
         along = self._products(direction[:, None])[:, 0]
         most = float((self.basis @ written).abs().sum())
-        self.carried += (along.abs() + self.rounding * self.sizes) * (most * (1 + 8 * self.unit))
+        most *= 1 + 8 * self.unit
+        self.carried.add_(along.abs(), alpha=most).add_(self.sizes, alpha=most * self.rounding)
         self.parts.addr_(along, written.float().to(self.device), alpha=-1)
         self.error += self.rounding * float(torch.linalg.vector_norm(written)) + 4 * self.unit * self.size
         if float(torch.linalg.matrix_norm(residual)) < 0.25 * self.size:
