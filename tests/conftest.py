@@ -24,10 +24,11 @@ def pytest_configure(config):
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # In the environment, so that commands and notebooks that a test starts keep to it: threads of two workers that wait
-    # for each other on two cores take many times as long.
-    threads = os.environ.setdefault("OMP_NUM_THREADS", "1" if os.environ.get("PYTEST_XDIST_WORKER") else "2")
-    torch.set_num_threads(int(threads))
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        # In the environment, so that commands and notebooks that a test starts keep to it: threads of two workers that
+        # wait for each other on two cores take many times as long.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def packaged(name: str):
