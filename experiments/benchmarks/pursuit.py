@@ -109,16 +109,22 @@ def one_head(lens: interp.Lens, rounds: int, steps: int) -> dict:
     return found
 
 
-def same_atoms(lens: interp.Lens) -> bool:
+def same_atoms(lens: interp.Lens) -> dict[str, bool]:
     """All 50 atoms of one real head against the whole published loop (takes a minute or two)."""
     prompts = torch.randint(lens.vocabulary, (200, 8), generator=torch.Generator().manual_seed(1))
-    topic = heads.topics(lens, [lens.prepare(input_ids=prompts)], [(23, 4)], k=ATOMS)[0]
-    trace = lens.run(lens.prepare(input_ids=prompts), [interp.Read("z", layers=(23,), heads=(4,), reduce="mean")])
+    batch = lens.prepare(input_ids=prompts)
+    trace = lens.run(batch, [interp.Read("z", layers=(23,), heads=(4,), reduce="mean")])
     z = next(iter(trace.values.values()))[:, 0].double()
     assert lens.anatomy.unembed is not None
     rows = lens.anatomy.unembed.direction(torch.arange(lens.vocabulary)).detach().double()
     weight = lens.anatomy.attention(None, 23, "result").weight()[4].detach().double()
-    return topic.ids.tolist() == published((z - z.mean(0)) @ weight, rows, ATOMS)
+    found = {}
+    for normalize in (False, True):
+        topic = heads.topics(lens, [batch], [(23, 4)], k=ATOMS, normalize_atoms=normalize)[0]
+        atoms = rows / rows.norm(dim=1, keepdim=True) if normalize else rows
+        same = topic.ids.tolist() == published((z - z.mean(0)) @ weight, atoms, ATOMS)
+        found["rows of length one" if normalize else "rows as they are"] = same
+    return found
 
 
 def all_heads(lens: interp.Lens, rounds: int, prompts: int) -> dict:
