@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors"},
-    {"sites", "reads", "headlist", "patches", "files", "palette"},
+    {"sites", "reads", "headlist", "patches", "files", "palette", "bootstrap"},
     {"batch", "figures", "token_figures", "results", "models"},
     {"scores", "tokens", "trace", "edits", "data"},
     {"engine", "grids"},

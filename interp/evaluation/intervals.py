@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from interp.errors import SettingsError
+from interp.bootstrap import check_options, ends
+
+__all__ = ["auroc", "check_options", "draws", "ends", "rate"]
 
 CHUNK = 256
 
@@ -25,27 +27,6 @@ def draws(groups: Sequence[np.ndarray], resamples: int, seed: int) -> Iterator[n
             even = np.full(len(group), 1 / len(group))
             weights[:, group] = random.multinomial(len(group), even, size=len(weights))
         yield weights
-
-
-def ends(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval of resampled values [draw, ...]."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail], axis=0)
-    return low, high
-
-
-def check_options(confidence: float, resamples: int, seed: int) -> None:
-    """Whether the options of a bootstrap make sense.
-
-    Raises:
-        SettingsError: `confidence`, `resamples` or `seed` lies outside its range.
-    """
-    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (resamples, seed))
-    if not whole or not 0 < confidence < 1 or resamples < 1 or seed < 0:
-        raise SettingsError(
-            "confidence lies between 0 and 1, resamples is a whole number from 1 and seed one from 0: found "
-            f"{confidence}, {resamples!r}, {seed!r}."
-        )
 
 
 def rate(part: np.ndarray, whole: np.ndarray, otherwise: float = 0.0) -> np.ndarray:

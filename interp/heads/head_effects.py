@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.bootstrap import check_options, ends
 from interp.errors import InputError, unknown
 from interp.heads.measure import UNITS
-from interp.heads.resampled import check_options, double_means, ends, means
+from interp.heads.resampled import double_means, means
 from interp.results import Scores, checked, describe, jsonable, register
 
 if TYPE_CHECKING:

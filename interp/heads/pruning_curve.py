@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from interp.bootstrap import check_options, ends
 from interp.errors import InputError, UnknownNameError, unknown
 from interp.heads.measure import HIGH_IS_GOOD, UNITS
-from interp.heads.resampled import check_options, double_means, ends, means
+from interp.heads.resampled import double_means, means
 from interp.results import Scores, checked, describe, jsonable, register
 
 if TYPE_CHECKING:

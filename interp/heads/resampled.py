@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from interp.errors import SettingsError
-
 CHUNK = 256
 
 
@@ -32,23 +30,3 @@ def double_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     orders, prompts = values.shape[-2:]
     pairs = zip(shares(orders, resamples, seed + 1), shares(prompts, resamples, seed), strict=True)
     return np.concatenate([np.einsum("do,...od->d...", o, values @ w.T) for o, w in pairs])
-
-
-def ends(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval of resampled values [draw, ...]."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail], axis=0)
-    return np.asarray(low), np.asarray(high)
-
-
-def check_options(confidence: float, resamples: int, seed: int) -> None:
-    """Whether the options of a bootstrap make sense.
-
-    Raises:
-        SettingsError: one lies outside its range.
-    """
-    if not 0 < confidence < 1 or resamples < 1 or seed < 0:
-        raise SettingsError(
-            f"confidence lies between 0 and 1, resamples from 1 and seed from 0: found {confidence}, {resamples}, "
-            f"{seed}."
-        )
