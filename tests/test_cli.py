@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import interp
 from interp.cli.app import app
-from interp.cli.batches import compute, prompt_chunks, repeated_chunks
+from interp.cli.ranking.batches import compute, prompt_chunks, repeated_chunks
 from interp.cli.described import describe, spans
-from interp.cli.settings import KINDS, HeadsSettings, read_config, template
+from interp.cli.ranking.settings import KINDS, METHODS, OPTIONS, HeadsSettings, read_config, template
 from interp.data import Prompt, read_prompts
 from interp.errors import InputError, SettingsError, UnknownNameError
 from interp.heads.agreement import agreement, halves, spearman
@@ -181,7 +181,7 @@ def test_a_complete_method_is_not_computed_again(model, prompts, tmp_path, monke
         raise AssertionError("loaded a model although nothing is missing")
 
     with monkeypatch.context() as patch:
-        patch.setattr("interp.cli.runs.load", refuse)
+        patch.setattr("interp.cli.ranking.run.load", refuse)
         assert "not computed again" in heads(model, out, "--method", "direct_effect", "--prompts", prompts)
     # Another method joins the same run.
     text = heads(model, out, "--method", "importance", "--prompts", prompts)
@@ -226,7 +226,8 @@ def test_a_run_can_be_repeated_from_its_own_settings(model, prompts, tmp_path):
 def test_batched_is_one_batch(lens, method, options):
     """Merged batches are the direct call on all prompts; one prompt has no repeated token, so not all count."""
     prompts = [Prompt(**row) for row in ROWS]
-    settings = HeadsSettings(model="x", methods=(method,), prompts="p", **({"score": "duplicate"} | options))
+    options = {k: v for k, v in ({"score": "duplicate"} | options).items() if k in OPTIONS[method]}
+    settings = HeadsSettings(model="x", methods=(method,), prompts="p", **options)
     batch = lens.prepare([p.text for p in prompts], padding_side="left")
     answers = {"answers": [p.answer for p in prompts], "wrong": [p.wrong for p in prompts]}
     own = {
@@ -398,14 +399,23 @@ def test_demo(tmp_path):
     out = tmp_path / "demo"
     text = call("demo", "--out", out, "--prompts", "4")
     assert "P(" in text
-    assert text.strip().splitlines()[-1] == f"report: {out / 'report.html'}"
-    assert len(read_prompts(out / "prompts.jsonl")) == 4
-    direct, induction = (HeadScores.load(out / name) for name in ("direct_effect", "patterns"))
+    runs = {name: out / name / "heads" for name in ("smollm2-135m", "scenes")}
+    assert text.strip().splitlines()[-2:] == [f"report: {run / 'report.html'}" for run in runs.values()]
+    run = runs["smollm2-135m"]
+    assert len(read_prompts(run / "prompts.jsonl")) == 4
+    direct, induction = (HeadScores.load(run / name) for name in ("direct_effect", "patterns"))
     assert {(r["layer"], r["head"]) for r in direct.top(5, by="abs").to_dict("records")} >= {(23, 3)}
     assert float(induction.scores.max()) > 0.5 > 10 * induction.settings["uniform"]["induction"]
-    change = HeadScores.load(out / "ablation").scores
+    change = HeadScores.load(run / "ablation").scores
     assert float(change[23, 3]) < 0
-    examples = json.loads((out / "direct_effect" / "examples.json").read_text())
+    examples = json.loads((run / "direct_effect" / "examples.json").read_text())
     assert abs(sum(examples[0]["pattern"][-1]) - 1) < 1e-3
-    assert all(a.startswith("#") for a in Addresses((out / "report.html").read_text()).found)
-    assert Path(out / "figures" / "plotly.min.js").is_file()
+    assert all(a.startswith("#") for a in Addresses((run / "report.html").read_text()).found)
+    assert Path(run / "figures" / "plotly.min.js").is_file()
+    # Every method that fits: no images for the language model, all of them for scenes.
+    methods = {name: set(pd.read_parquet(run / "heads.parquet")["method"]) for name, run in runs.items()}
+    assert methods["scenes"] == set(METHODS)
+    assert methods["smollm2-135m"] == set(METHODS) - {"vision_divergence", "visual_concentration"}
+    effects = pd.read_parquet(run / "effects.parquet")
+    useful = effects[(effects["method"] == "direct_effect") & (effects["metric"] == "logit difference")]
+    assert float(useful.set_index("set")["change"]["top 8"]) < float(useful.set_index("set")["random_low"]["top 8"])

@@ -13,6 +13,7 @@ from interp.heads.concepts import atoms_of, span_basis, token_texts
 from interp.heads.matching_pursuit import Dictionary, matching_pursuit
 from interp.heads.moments import HeadReader, head_weight, heads_by_layer
 from interp.heads.random_lists import random_lists
+from interp.heads.resampled import shares
 from tests.zoo import build, inputs, processor
 
 IDS = [[70, 80, 90, 100, 110, 75], [71, 81, 91, 101], [72, 82, 92, 102, 112], [73, 83], [74, 84, 99, 105]]
@@ -305,6 +306,41 @@ def test_a_planted_concept_head_is_found():
     # Four outputs' worth of variance lie in three directions.
     assert float(heads.topics(lens, batch, [(1, 2)], k=3, among=[100, 120, 140, 90])[0].explained[-1]) > 1 - 1e-5
     assert float(topic.explained[-1]) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_an_interval_is_of_pursuits_on_resampled_prompts(llama, center):
+    texts = ["ab cd", "the cat", "7 8 9", "xyz", "hello you", "a b c d"]
+    scores = heads.pursuit(llama, texts, WORDS, center=center, random_lists=0)
+    top = scores.top(2)
+    ways = {"resamples": 1, "seed": 3, "confidence": 0.9}
+    one = heads.pursuit_interval(llama, texts, scores, top, **ways)
+    (weights,) = shares(len(texts), 1, 3)
+    again = [text for text, share in zip(texts, weights[0], strict=True) for _ in range(round(share * len(texts)))]
+    assert len(again) == len(texts) != len(set(again))
+    wanted = heads.pursuit(llama, again, WORDS, center=center, random_lists=0)
+    for row in one.to_dict("records"):
+        assert row["score"] == float(scores.scores[row["layer"], row["head"]])
+        assert row["low"] == row["high"]
+        assert row["low"] == pytest.approx(float(wanted.scores[row["layer"], row["head"]]), abs=1e-6)
+    many = heads.pursuit_interval(llama, texts, scores, top, batch_size=2)
+    assert (many["low"] < many["high"]).all()
+    whole = heads.pursuit_interval(llama, texts, scores, top)
+    assert torch.allclose(torch.tensor(many.to_numpy()), torch.tensor(whole.to_numpy()), atol=1e-6)
+
+
+def test_intervals_of_other_scores_or_prompts_are_refused(llama):
+    scores = heads.pursuit(llama, ["ab", "cd", "xy"], WORDS, random_lists=0)
+    with pytest.raises(InputError, match="of 3 prompts, but 2"):
+        heads.pursuit_interval(llama, ["ab", "cd"], scores, [(0, 0)])
+    other = heads.logit_lens_ranking(llama, ["ab", "cd"], WORDS)
+    with pytest.raises(InputError, match="scores of logit_lens"):
+        heads.pursuit_interval(llama, ["ab", "cd"], other, [(0, 0)])
+    with pytest.raises(SettingsError, match="confidence"):
+        heads.pursuit_interval(llama, ["ab", "cd", "xy"], scores, [(0, 0)], confidence=1.0)
+    frame = heads.pursuit(interp.wrap(build("gpt2"), processor("gpt2"), name="gpt2"), ["ab", "c"], WORDS).top(2)
+    with pytest.raises(EditError, match="gpt2"):
+        heads.pursuit_interval(llama, ["ab", "cd", "xy"], scores, frame)
 
 
 def test_floor_and_p_value_by_hand(llama):

@@ -11,7 +11,18 @@ import torch
 
 from interp.errors import FileError, InputError
 from interp.figures import pattern_heatmap
-from interp.report import Figure, KeyValues, Prompts, Provenance, Section, Table, Text, head_sections, write_report
+from interp.report import (
+    Figure,
+    Folded,
+    KeyValues,
+    Prompts,
+    Provenance,
+    Section,
+    Table,
+    Text,
+    head_sections,
+    write_report,
+)
 from interp.scores import HeadScores
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -65,7 +76,7 @@ def full(folder):
     sections = head_sections(scores, prompts=[EVIL, " two  spaces"])
     pattern = pattern_heatmap(torch.eye(2), [EVIL, "b"], title=EVIL)
     blocks = [Figure(pattern, EVIL), Text(EVIL), KeyValues({EVIL: EVIL}), Table(pd.DataFrame({EVIL: [EVIL]}), EVIL)]
-    sections.append(Section(EVIL, blocks))
+    sections.append(Section(EVIL, [*blocks, Folded(EVIL, blocks[1:])]))
     source = Provenance.here(scores.settings, seed=0, command=EVIL)
     return page_of(folder, sections=sections, title=EVIL, subtitle=EVIL, provenance=source)
 
@@ -192,3 +203,14 @@ def test_json_cannot_end_its_script_element(tmp_path):
     _, page = page_of(tmp_path, Figure(go.Figure(layout={"title": {"text": EVIL}}), "own"))
     assert len(page.tags("script")) == 3
     assert not page.tags("img")
+
+
+def test_folded_blocks_are_in_the_page_and_hold_no_figures(tmp_path):
+    text, page = page_of(tmp_path, Folded("All of it", [Table(pd.DataFrame({"a": [1.5]}), "rows"), Text("said")]))
+    assert page.texts["summary"] == ["All of it"]
+    (folded,) = page.texts["details"]
+    assert "1.5" in folded
+    assert "said" in folded
+    assert "<details open" not in text
+    with pytest.raises(InputError, match="folds a Figure"):
+        Folded("x", [Figure(pattern_heatmap(torch.eye(2), ["a", "b"]))])

@@ -43,8 +43,8 @@ def attribute(
     up by the same command, and what is complete with the same settings is not computed again.
     """
     options = {key: value for key, value in locals().items() if key not in ("method", "out", "config", "overwrite")}
-    from interp.cli.attribution.settings import AttributeSettings, named_methods, read_config
-    from interp.cli.settings import check_model
+    from interp.cli.attribution.settings import AttributeSettings, read_config
+    from interp.cli.named import check_model, named_methods
 
     given: dict[str, Any] = {
         key: str(value) if isinstance(value, Path) else value for key, value in options.items() if value is not None

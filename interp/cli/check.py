@@ -9,8 +9,9 @@ import typer
 def check(config: Annotated[Path, typer.Argument(help="A config such as `interp init` writes.")]) -> None:
     """Check a config, its model's files and its prompt file, without loading any weights."""
     from interp.cli.fields import read_yaml
-    from interp.cli.runfolder import prompts_of
-    from interp.cli.settings import HeadsSettings, check_model, read_config
+    from interp.cli.named import check_model
+    from interp.cli.ranking.folder import prompts_of
+    from interp.cli.ranking.settings import HeadsSettings, read_config
 
     found = read_yaml(config)
     if "task" in found:
@@ -31,7 +32,7 @@ def check(config: Annotated[Path, typer.Argument(help="A config such as `interp 
 def _check_evaluation(config: Path) -> None:
     from interp.cli.evaluation.data import load_data
     from interp.cli.evaluation.settings import EvaluateSettings, read_config
-    from interp.cli.settings import check_model
+    from interp.cli.named import check_model
 
     settings = EvaluateSettings.of(read_config(config))
     if settings.model:
@@ -50,7 +51,7 @@ def _is_attribution(found: dict[str, Any]) -> bool:
     from dataclasses import fields
 
     from interp.cli.attribution.settings import METHODS, AttributeSettings
-    from interp.cli.settings import HeadsSettings
+    from interp.cli.ranking.settings import HeadsSettings
 
     mine, others = ({row.name for row in fields(cls)} for cls in (AttributeSettings, HeadsSettings))
     methods = found.get("methods")
@@ -61,7 +62,7 @@ def _is_attribution(found: dict[str, Any]) -> bool:
 def _check_attribution(config: Path) -> None:
     from interp.cli.attribution.run import prompts_of
     from interp.cli.attribution.settings import AttributeSettings, read_config
-    from interp.cli.settings import check_model
+    from interp.cli.named import check_model
 
     settings = AttributeSettings.of(read_config(config))
     check_model(settings.model)

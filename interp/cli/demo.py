@@ -1,46 +1,52 @@
-"""`interp demo`: the heads of a small real model, by four methods, in about a minute on two cores."""
+"""`interp demo`: the standard reports of a small language model and of a small vision-language model."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-MODEL = "smollm2-135m"
+MODELS = ("smollm2-135m", "scenes")
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder.")] = Path("runs/demo"),
-    prompts: Annotated[int, typer.Option("--prompts", min=2, help="How many prompts; ablation uses the first 4.")] = 16,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder.")] = Path("runs/demo"),
+    prompts: Annotated[
+        int | None, typer.Option("--prompts", min=4, help="How many prompts of each model; ablation uses the first 4.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; default: the GPU if any.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs that are in the folder.")] = False,
 ) -> None:
-    """Rank the heads of SmolLM2-135M: which write the name after "Mary and John ... John gave a drink to"?"""
-    from interp.cli.settings import METHODS, HeadsSettings, check_model
+    """Rank the heads of two models by every method that fits, in a few minutes on two cores.
 
-    settings = HeadsSettings(
-        model=MODEL,
-        methods=METHODS,
-        prompts="prompts.jsonl",
-        patterns_on="repeated",
-        ablation_prompts=4,
-        device=device,
-    )
-    check_model(MODEL)
-    from interp.cli.runs import run_heads, show_top
-    from interp.data import indirect_objects
+    SmolLM2-135M: which heads write the name after "Mary and John ... John gave a drink to"? And scenes, a small
+    vision-language model: which heads tell the colour of a picture's background?
+    """
+    from interp.cli.named import check_model
 
-    folder = run_heads(settings, out, prompts=indirect_objects(prompts, seed=settings.seed), overwrite=overwrite)
-    for method in METHODS:
-        show_top(folder, method, 5)
-    _show_answers(folder.path)
-    typer.echo(f"report: {folder.path / 'report.html'}")
+    for model in MODELS:
+        check_model(model)
+    from interp.cli.console import load
+    from interp.cli.ranking.run import show_top
+    from interp.cli.ranking.standard import standard_report
+
+    pages = []
+    for model in MODELS:
+        typer.echo(f"loading {model} ...")
+        lens = load(model, device=device)
+        folder = standard_report(lens, model, out / model, prompts=prompts, overwrite=overwrite)
+        for method in folder.complete:
+            show_top(folder, method, 5)
+        _show_answers(folder.path)
+        pages.append(folder.path / "report.html")
+    for page in pages:
+        typer.echo(f"report: {page}")
 
 
 def _show_answers(folder: Path) -> None:
     import pandas as pd
 
     from interp.cli.console import table
-    from interp.cli.runfolder import RunFolder
+    from interp.cli.ranking.folder import RunFolder
 
     frame = pd.read_parquet(folder / "answers.parquet")
     run = RunFolder.read(folder)

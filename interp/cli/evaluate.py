@@ -102,7 +102,7 @@ def pope(
 
 def _run(task: str, options: dict[str, Any], out: Path | None, config: Path | None, overwrite: bool) -> None:
     from interp.cli.evaluation.settings import EvaluateSettings, read_config
-    from interp.cli.settings import check_model
+    from interp.cli.named import check_model
     from interp.errors import SettingsError
 
     given = {

@@ -79,6 +79,30 @@ def _check_names(name: str, value: tuple[Any, ...], default: Any, about: Mapping
         raise SettingsError(f"{name} are one or more names, each once; found {', '.join(value) or 'none'}.")
 
 
+def check_taken(settings: Any, chosen: Iterable[str], options: Mapping[str, Iterable[str]]) -> None:
+    """Whether something was chosen that nothing here takes.
+
+    Args:
+        settings: what was chosen.
+        chosen: the methods.
+        options: for every method the settings that it takes; those of no method are for all.
+
+    Raises:
+        SettingsError: a setting differs from its default, and belongs to other methods alone.
+    """
+    takers: dict[str, list[str]] = {}
+    for method, names in options.items():
+        for name in names:
+            takers.setdefault(name, []).append(method)
+    chosen = list(chosen)
+    for row in fields(settings):
+        changed = getattr(settings, row.name) != row.default
+        if changed and row.name in takers and not set(takers[row.name]) & set(chosen):
+            raise SettingsError(
+                f"{row.name} is an option of {', '.join(takers[row.name])}, not of {', '.join(chosen)}."
+            )
+
+
 def merged(cls: type[_S], layers: Iterable[Mapping[str, Any]]) -> _S:
     """Settings from several mappings, later ones over earlier ones; None in a later one leaves the earlier.
 

@@ -52,7 +52,8 @@ class Kind:
 
         Args:
             path: the folder.
-            asked: what decides what the numbers mean; keys of checksums end in `_sha256`.
+            asked: what decides what the numbers mean; keys of checksums end in `_sha256`, and may be new in a run that
+                is taken up.
             overwrite: remove the run that is there (files of other names stay).
 
         Returns:
@@ -73,6 +74,7 @@ class Kind:
                 _compare(path, record["fingerprint"], asked)
         elif path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise FileError(f"{path} is no run folder and not empty; give another --out.")
+        asked = {**record.get("fingerprint", {}), **asked}
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         return {**record, "format": self.format, "version": 1, "hash": digest, "fingerprint": asked}
 
@@ -85,7 +87,9 @@ class Kind:
 
 
 def _compare(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    different = [key for key in asked if there.get(key) != asked[key]]
+    # A file that the methods so far did not need may come with those that do.
+    new = {key for key in asked if key.endswith("_sha256") and key not in there}
+    different = [key for key in asked if key not in new and there.get(key) != asked[key]]
     if not different:
         return
     key = different[0]

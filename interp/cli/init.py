@@ -20,9 +20,9 @@ def init(
         raise unknown("kind of config", kind, KINDS)
     if out.exists() and not overwrite:
         raise FileError(f"{out} exists already; give another --out, or --overwrite.")
-    from interp.cli import settings
     from interp.cli.attribution import settings as attribution
     from interp.cli.evaluation import settings as evaluation
+    from interp.cli.ranking import settings
     from interp.files import write_text
 
     own = {"heads": settings.template, "attribute": attribution.template}

@@ -1,4 +1,4 @@
-"""`interp report`: build the page of a run folder again from its saved scores."""
+"""`interp report`: the standard report of a model, or the page of a run folder again from its saved scores."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,20 +7,65 @@ import typer
 
 
 def report(
-    folder: Annotated[
-        Path, typer.Argument(help="A run folder of `interp heads`, `interp attribute` or `interp evaluate`.")
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FOLDER",
+            help="A model (packaged, a local folder, a hub id), or a run folder of `interp heads`, `attribute` or "
+            "`evaluate`.",
+        ),
     ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="For a model: the folder. Default: runs/NAME.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option("--prompts", min=4, help="For a model: how many prompts.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="For a model: seed of every random choice.")] = 0,
+    device: Annotated[str | None, typer.Option("--device", help="For a model: cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="For a model: float32, bfloat16, ...")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="For a model: replace the run that is there.")] = False,
 ) -> None:
-    """Rebuild report.html, tables and figures from the scores saved in a run folder."""
+    """Rank a MODEL's heads by every method that fits, on prompts made for its kind; or rebuild a run FOLDER's page.
+
+    A language model is asked to complete indirect objects, a vision-language model for the colour of drawn scenes. For
+    prompts of your own: `interp heads`.
+    """
+    folder = Path(what)
+    if (folder / "run.json").is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
+        from interp.errors import SettingsError
+
+        if out is not None or prompts is not None or seed or device or dtype or overwrite:
+            raise SettingsError(
+                f"{folder} is a run folder, whose page is rebuilt as it is: the options are for models."
+            )
+        typer.echo(f"report: {_rebuilt(folder)}")
+        return
+    from interp.cli.named import check_model
+
+    check_model(what)
+    from interp.cli.console import load
+    from interp.cli.ranking.run import show_top
+    from interp.cli.ranking.standard import standard_report
+
+    typer.echo(f"loading {what} ...")
+    lens = load(what, device=device, dtype=dtype)
+    target = out or Path("runs") / Path(what).name
+    run = standard_report(lens, what, target, prompts=prompts, seed=seed, overwrite=overwrite)
+    for method in run.complete:
+        show_top(run, method, 5)
+    typer.echo(f"report: {run.path / 'report.html'}")
+
+
+def _rebuilt(folder: Path) -> Path:
     from interp.cli.folders import format_of
 
     makers = {"interp-evaluate-run": _evaluation, "interp-attribute-run": _attribution}
-    typer.echo(f"report: {makers.get(str(format_of(folder)), _heads)(folder)}")
+    return makers.get(str(format_of(folder)), _heads)(folder)
 
 
 def _heads(folder: Path) -> Path:
-    from interp.cli.page import write_page
-    from interp.cli.runfolder import RunFolder
+    from interp.cli.ranking.folder import RunFolder
+    from interp.cli.ranking.page import write_page
+    from interp.cli.ranking.summary import write_summary
     from interp.errors import FileError
 
     run = RunFolder.read(folder)
@@ -28,6 +73,7 @@ def _heads(folder: Path) -> Path:
         raise FileError(f"{folder} holds no complete method yet; run the same `interp heads` command again.")
     run.write_tables()
     run.write_figures()
+    write_summary(run)
     return write_page(run)
 
 

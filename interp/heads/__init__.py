@@ -16,6 +16,7 @@ from interp.heads.patterns import patterns
 from interp.heads.prune import prune
 from interp.heads.pruning_curve import PruningCurve
 from interp.heads.pursuit import logit_lens_ranking, pursuit, topics
+from interp.heads.pursuit_interval import pursuit_interval
 from interp.heads.token_divergence import token_divergence
 from interp.heads.topic import HeadTopic
 from interp.heads.vision_divergence import vision_divergence
@@ -45,6 +46,7 @@ __all__ = [
     "patterns",
     "prune",
     "pursuit",
+    "pursuit_interval",
     "random_heads",
     "token_divergence",
     "topics",

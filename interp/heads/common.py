@@ -72,16 +72,27 @@ def logit_difference(answers: Tensor, wrong: Tensor | None) -> Callable[[Tensor]
     return metric
 
 
+def predicted(batch: Batch) -> Bool[Tensor, "batch next"]:
+    """Which columns from the second on hold a token that a next-token loss counts: neither padding nor image tokens.
+
+    Raises:
+        InputError: a sample has no such token, which leaves nothing to predict.
+    """
+    real = batch.mask[:, 1:] & batch.mask[:, :-1]
+    if batch.image_mask is not None:
+        real = real & ~batch.image_mask[:, 1:]
+    if not bool(real.any(1).all()):
+        raise InputError("the next-token loss needs at least two tokens in every prompt.")
+    return real
+
+
 def next_token_loss(batch: Batch) -> Callable[[Tensor], Tensor]:
-    """Metric [batch]: mean negative log-likelihood (nats) of each sample's own next tokens, padding left out.
+    """Metric [batch]: mean negative log-likelihood (nats) of each sample's own next tokens; see `predicted`.
 
     Raises:
         InputError: a sample has a single token, which leaves nothing to predict.
     """
-    ids, mask = batch.inputs["input_ids"], batch.mask
-    real = mask[:, 1:] & mask[:, :-1]
-    if not bool(real.any(1).all()):
-        raise InputError("the next-token loss needs at least two tokens in every prompt.")
+    ids, real = batch.inputs["input_ids"], predicted(batch)
 
     def metric(logits: Tensor) -> Tensor:
         copies = logits.shape[0] // ids.shape[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from interp.batch import Batch
 from interp.edits import Edit, splice
 from interp.errors import InputError, SettingsError
-from interp.heads.common import Answers, chosen_metric, token_ids
+from interp.heads.common import Answers, chosen_metric, predicted, token_ids
 from interp.lens import Entry, Lens
 from interp.reads import Read
 
@@ -62,8 +62,7 @@ class Task:
                 return torch.stack([loss, (most == answers).float(), right])
             apart = right - last.gather(1, self.wrong.repeat(copies)[:, None])[:, 0]
             return torch.stack([loss, (apart > 0).float(), apart])
-        mask = self.batch.mask
-        keep = (mask[:, 1:] & mask[:, :-1]).repeat(copies, 1)
+        keep = predicted(self.batch).repeat(copies, 1)
         target = self.batch.inputs["input_ids"][:, 1:].repeat(copies, 1)
         loss, hits = torch.empty(target.shape, device=target.device), torch.empty(target.shape, device=target.device)
         for i, row in enumerate(logits):  # one at a time: in float32 they are the largest tensor of the run

@@ -2,6 +2,7 @@
 
 from interp.report.blocks import (
     Figure,
+    Folded,
     KeyValues,
     Panel,
     Panels,
@@ -19,6 +20,7 @@ from interp.report.page import write_report
 
 __all__ = [
     "Figure",
+    "Folded",
     "KeyValues",
     "Panel",
     "Panels",

@@ -149,7 +149,30 @@ class Panels:
     caption: str = ""
 
 
-Block = Text | Table | Figure | KeyValues | Prompts | Pictures | Panels
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Something that is shown when its title is clicked, or chosen and entered with the keyboard.
+
+    Attributes:
+        title: plain text that is always shown.
+        blocks: what is folded away; no figures, which have no size to be drawn in until they are shown.
+
+    Raises:
+        InputError: there is a figure or something that is no block inside.
+    """
+
+    title: str
+    blocks: "Sequence[Text | Table | KeyValues | Prompts]"
+
+    def __post_init__(self):
+        for block in self.blocks:
+            if not isinstance(block, Text | Table | KeyValues | Prompts):
+                raise InputError(
+                    f"{self.title!r} folds a {type(block).__name__}; it can fold Text, Table, KeyValues, Prompts."
+                )
+
+
+Block = Text | Table | Figure | KeyValues | Prompts | Pictures | Panels | Folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +191,7 @@ class Section:
             raise InputError("a section needs a title: the table of contents lists it.")
         for block in self.blocks:
             if not isinstance(block, Block):
-                known = "Text, Table, Figure, KeyValues, Prompts, Pictures, Panels"
+                known = "Text, Table, Figure, KeyValues, Prompts, Pictures, Panels, Folded"
                 raise InputError(f"section {self.title!r} holds a {type(block).__name__}; its blocks are {known}.")
 
 

@@ -15,6 +15,7 @@ from interp.files import write_text
 from interp.report.blocks import (
     Block,
     Figure,
+    Folded,
     KeyValues,
     Panel,
     Panels,
@@ -121,6 +122,8 @@ def _block(block: Block) -> dict[str, Any]:
                 for item in block.items
             ]
             return {"kind": "pictures", "items": items, "caption": block.caption}
+        case Folded():
+            return {"kind": "folded", "title": block.title, "blocks": [_block(inner) for inner in block.blocks]}
         case Panels():
             return {"kind": "panels", "items": [_panel(item) for item in block.items], "caption": block.caption}
         case Table():

@@ -24,10 +24,10 @@ from interp.attribution.targets import answer_ids, question
 from interp.attribution.token_activation_map import token_activation_map
 from interp.batch import Batch
 from interp.cli.attribution.settings import CONTRASTING, AttributeSettings
-from interp.cli.prompts import images_of
+from interp.cli.prompts import images_of, prepared
 from interp.errors import InputError, InterpError, UnsupportedError
 from interp.evaluation import image_prompt
-from interp.inputs import placeholder, tokenizer_of
+from interp.inputs import tokenizer_of
 from interp.reads import Positions, Read
 from interp.tokens import TokenScores
 
@@ -149,18 +149,12 @@ class Asker:
             InputError: texts for a model that reads none, no text for one that does, or an image that cannot be read.
         """
         lens, prompts = self.lens, [self.prompts[i] for i in rows]
-        images = images_of(prompts)
         if self.pictures_alone:
+            images = images_of(prompts)
             if any(p.text for p in prompts) or images is None:
                 raise InputError(f"{lens.name} reads images alone: prompts have an image and no text.")
             return lens.prepare(images=images)
-        texts = [p.text for p in prompts]
-        if not all(texts):
-            raise InputError(f"prompt {texts.index('')} has no text, which {lens.name} reads.")
-        if placeholder(lens.processor) is not None:
-            texts = [image_prompt(lens, p.text) if p.image else p.text for p in prompts]
-        side = "left" if self.settings.target == "argmax" else None
-        return lens.prepare(texts, images, padding_side=side)
+        return prepared(lens, prompts, padding_side="left" if self.settings.target == "argmax" else None)
 
     def of(self, rows: list[int]) -> Asked:
         """Some prompts with what is asked of them."""

@@ -8,8 +8,8 @@ import numpy as np
 
 from interp.cli.attribution.agreement import agreement
 from interp.cli.attribution.folder import AttributionFolder, label, shown, targets_of
-from interp.cli.attribution.pictures import overlay, picture_of
 from interp.cli.attribution.texts import QUESTIONS, SIGNED, TITLES, explanation, target_text
+from interp.cli.pictures import overlay, picture_of
 from interp.figures import ranked_bars
 from interp.files import write_parquet
 from interp.palette import DIVERGING, SEQUENTIAL

@@ -101,7 +101,7 @@ def _compute(folder: AttributionFolder, todo: Sequence[tuple[list[int], list[str
 
 def _keep_pictures(folder: AttributionFolder, scores: "TokenScores", asked: "Asked") -> None:
     """The pictures that the report draws maps over."""
-    from interp.cli.attribution.pictures import keep_picture
+    from interp.cli.pictures import keep_picture
     from interp.cli.prompts import images_of
 
     for n, i in enumerate(asked.rows):
@@ -113,7 +113,7 @@ def _keep_pictures(folder: AttributionFolder, scores: "TokenScores", asked: "Ask
 def draw(folder: AttributionFolder) -> None:
     """One figure for each method and drawn prompt, of its first target, in `figures/`."""
     from interp.cli.attribution.page import has_map
-    from interp.cli.attribution.pictures import picture_of
+    from interp.cli.pictures import picture_of
 
     figures = {}
     for i, found in folder.results():

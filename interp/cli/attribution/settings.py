@@ -1,9 +1,8 @@
 """The settings of `interp attribute`: one frozen dataclass, checked in one place, and which method takes which."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from dataclasses import fields as rows
 from typing import TYPE_CHECKING, Any
 
 from interp.cli import fields
@@ -121,16 +120,7 @@ class AttributeSettings:
 
     def _check_fit(self) -> None:
         """Whether something was chosen that nothing here takes."""
-        takers: dict[str, list[str]] = {}
-        for method, names in OPTIONS.items():
-            for name in names:
-                takers.setdefault(name, []).append(method)
-        for row in rows(self):
-            chosen = getattr(self, row.name) != row.default
-            if chosen and row.name in takers and not set(takers[row.name]) & set(self.methods):
-                raise SettingsError(
-                    f"{row.name} is an option of {', '.join(takers[row.name])}, not of {', '.join(self.methods)}."
-                )
+        fields.check_taken(self, self.methods, OPTIONS)
         if self.max_new_tokens != TOKENS and self.target != "argmax":
             raise SettingsError(f"max_new_tokens is for the target argmax, not for {self.target!r}.")
         if self.tower in ("vision", "encoder") and self.target not in ("last", "first"):
@@ -189,11 +179,6 @@ class AttributeSettings:
             needing = [m for m in self.methods if m in ("token_activation_map", "relative_attention")]
             if needing and prompt.image is None:
                 raise UnsupportedError(f"{needing[0]} explains by the tokens of a picture, but {place} has no image.")
-
-
-def named_methods(given: Iterable[str]) -> tuple[str, ...]:
-    """Methods as they are named on the command line: several options, or commas between."""
-    return tuple(part.strip() for text in given for part in text.split(","))
 
 
 def help_of(name: str) -> str:

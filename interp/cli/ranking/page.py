@@ -1,13 +1,26 @@
-"""The report of a run folder: what was asked, the model's answers, a section for each method, and their agreement."""
+"""The report of a run folder: the model's answers, a section for each method, their agreement, what removing does."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp.cli.runfolder import RunFolder, with_interval
-from interp.cli.texts import QUESTIONS, ROLES, TITLES, explanation
+from interp.cli.ranking.evidence import leading
+from interp.cli.ranking.findings import effects_section, topic_blocks
+from interp.cli.ranking.folder import RunFolder, with_interval
+from interp.cli.ranking.texts import QUESTIONS, ROLES, TITLES, TOPICS, explanation
 from interp.figures import pattern_heatmap
 from interp.heads.agreement import agreement, halves
-from interp.report import Figure, KeyValues, Prompts, Provenance, Section, Table, Text, head_sections, write_report
+from interp.report import (
+    Figure,
+    Folded,
+    KeyValues,
+    Prompts,
+    Provenance,
+    Section,
+    Table,
+    Text,
+    head_sections,
+    write_report,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +44,9 @@ def write_page(folder: RunFolder) -> Path:
     sections += [_method(folder, method, scores) for method, scores in results.items()]
     if len(results) > 1:
         sections.append(_agreement(results, folder.settings.top))
+    effects = effects_section(folder)
+    if effects is not None:
+        sections.append(effects)
     sections.append(_all_heads(results))
     if folder.prompts:
         sections.append(_prompts(folder))
@@ -42,7 +58,8 @@ def write_page(folder: RunFolder) -> Path:
 
 def _settings(folder: RunFolder) -> dict[str, Any]:
     seconds = {m: row["seconds"] for m, row in folder.record["methods"].items()}
-    return {**folder.record["settings"], **folder.record.get("model", {}), "seconds": seconds}
+    left = {f"left out: {name}": why for name, why in folder.record.get("left_out", {}).items()}
+    return {**folder.record["settings"], **folder.record.get("model", {}), "seconds": seconds, **left}
 
 
 def _summary(folder: RunFolder, results: "dict[str, HeadScores]") -> Section:
@@ -50,7 +67,7 @@ def _summary(folder: RunFolder, results: "dict[str, HeadScores]") -> Section:
 
     rows = []
     for method, scores in results.items():
-        top = scores.top(3, by="score" if method == "patterns" else "abs")
+        top = scores.top(3, by=leading(method))
         named = ", ".join(f"L{r['layer']} H{r['head']} ({r['score']:.3g})" for r in top.to_dict("records"))
         half = halves(scores)
         rows.append(
@@ -59,7 +76,7 @@ def _summary(folder: RunFolder, results: "dict[str, HeadScores]") -> Section:
                 "question": QUESTIONS[method],
                 "unit": scores.unit,
                 "strongest heads": named,
-                "prompts": 0 if scores.per_prompt is None else len(scores.per_prompt),
+                "prompts": scores.settings["prompts"],
                 "split-half": "" if half is None else f"{half[0]} of {half[1]}",
             }
         )
@@ -71,6 +88,7 @@ def _summary(folder: RunFolder, results: "dict[str, HeadScores]") -> Section:
                 "from zero. The methods answer different questions and need not agree; each section says what its "
                 "number means and what it does not." + _first(folder)
             ),
+            *([Text(TOPICS)] if any(folder.topics(m) is not None for m in results) else []),
             Table(
                 pd.DataFrame(rows),
                 "Split-half: of the strongest heads on every other prompt, how many are also strongest on the rest. "
@@ -112,23 +130,33 @@ def _answers(frame: "pd.DataFrame") -> Section:
                 "A ranking of heads explains a behaviour only where the model shows it. This is what it answers itself."
             ),
             KeyValues(facts),
-            Table(shown, "Each prompt, at its last position. Rank 1: no token is more likely than the answer.", 50),
+            Folded(
+                "Every answer",
+                [
+                    Table(
+                        shown, "Each prompt, at its last position. Rank 1: no token is more likely than the answer.", 50
+                    )
+                ],
+            ),
         ],
     )
 
 
 def _method(folder: RunFolder, method: str, scores: "HeadScores") -> Section:
-    overview, strongest, layers, *_ = head_sections(scores, k=folder.settings.top)
-    top = scores.top(folder.settings.top, by="abs")
-    frame = with_interval(scores, folder.settings.seed)
+    overview, strongest, *_ = head_sections(scores, k=folder.settings.top)
+    top = scores.top(folder.settings.top, by=leading(method))
+    frame = with_interval(scores, folder.settings.seed, folder.intervals(method))
     interval = [c for c in ("low", "high") if c in frame]
     table = top.merge(frame[["layer", "head", *interval]], on=["layer", "head"]) if interval else top
     order = ["rank", "layer", "head", "score", *interval]
     table = table.reindex(columns=[*order, *(c for c in table.columns if c not in order)])
-    caption = "Ranked by the size of the score." + (
+    table = table.drop(columns=[scores.settings.get("score", "")], errors="ignore")
+    caption = f"Ranked by the {'size of the ' if leading(method) == 'abs' else ''}score." + (
         " low and high: 95% bootstrap interval over prompts, of each head by itself." if interval else ""
     )
-    blocks = [Text(explanation(method, scores.settings)), *overview.blocks, strongest.blocks[0]]
+    blocks = [Text(explanation(method, scores.settings)), overview.blocks[1], strongest.blocks[0]]
+    blocks.append(Folded(f"Table of the {len(table)} strongest heads", [Table(table, caption)]))
+    blocks += topic_blocks(folder, method)
     blocks += [_example(folder, method, shown) for shown in folder.examples(method)]
     roles = folder.roles(method)
     if roles is not None:
@@ -136,8 +164,7 @@ def _method(folder: RunFolder, method: str, scores: "HeadScores") -> Section:
         roles = roles.drop(columns=["layer", "head"]).round(3)
         roles.insert(0, "head", names)
         blocks += [Text(ROLES), Table(roles, "What the strongest heads do, averaged over the prompts.")]
-    table = table.drop(columns=[scores.settings.get("score", "")], errors="ignore")
-    return Section(f"{TITLES[method]}: {QUESTIONS[method].lower()}", [*blocks, Table(table, caption), *layers.blocks])
+    return Section(f"{TITLES[method]}: {QUESTIONS[method].lower()}", blocks)
 
 
 def _example(folder: RunFolder, method: str, shown: dict[str, Any]) -> Figure:
@@ -181,13 +208,19 @@ def _all_heads(results: "dict[str, HeadScores]") -> Section:
     for method, scores in results.items():
         frame = scores.frame().reindex(columns=["layer", "head", "score"]).rename(columns={"score": method})
         whole = frame if whole is None else whole.merge(frame, on=["layer", "head"], how="outer")
-    return Section("All heads", [Table(whole, "Every head that exists; click a column to sort.", 10_000)])
+    table = Table(whole, "Every head that exists; click a column to sort.", 10_000)
+    return Section("All heads", [Folded(f"Every head by every method ({len(whole)})", [table])])
 
 
 def _prompts(folder: RunFolder) -> Section:
     texts = [
-        p.text + (f" → {p.answer.strip()}" if p.answer else "") + (f" (not {p.wrong.strip()})" if p.wrong else "")
-        for p in folder.prompts
+        *(
+            (f"[{p.image.name}] " if p.image else "")
+            + p.text
+            + (f" → {p.answer.strip()}" if p.answer else "")
+            + (f" (not {p.wrong.strip()})" if p.wrong else "")
+            for p in folder.prompts
+        )
     ]
     note = "The prompts, with the answer and the wrong answer where they have them."
     count = folder.settings.ablation_prompts

@@ -12,7 +12,7 @@ from interp.heads.common import token_ids
 if TYPE_CHECKING:
     import pandas as pd
 
-    from interp.cli.batches import Chunk
+    from interp.cli.ranking.batches import Chunk
     from interp.lens import Lens
     from interp.scores import HeadScores
 

@@ -1,14 +1,24 @@
 """Run a head method over many prompts in batches; the merged result is that of one batch of them all."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interp.cli.prompts import images_of
-from interp.cli.settings import HeadsSettings
-from interp.heads import ablation, direct_effect, importance, patterns
+from interp.cli.prompts import prepared
+from interp.cli.ranking.settings import CONCEPTUAL, HeadsSettings
+from interp.heads import (
+    Keywords,
+    ablation,
+    direct_effect,
+    importance,
+    logit_lens_ranking,
+    patterns,
+    pursuit,
+    vision_divergence,
+    visual_concentration,
+)
 from interp.heads.patterns import pattern_targets
 from interp.scores import HeadScores
 
@@ -48,7 +58,7 @@ def prompt_chunks(lens: "Lens", prompts: Sequence["Prompt"], size: int) -> list[
         rows = prompts[first : first + size]
         answers, wrong = ([getattr(p, name) for p in rows] for name in ("answer", "wrong"))
         asked = None if answers[0] is None else answers
-        batch = lens.prepare([p.text for p in rows], images_of(rows), padding_side="left" if asked else None)
+        batch = prepared(lens, rows, padding_side="left" if asked else None)
         found.append(Chunk(batch, asked, None if wrong[0] is None else wrong, first))
     return found
 
@@ -57,6 +67,7 @@ def repeated_chunks(lens: "Lens", settings: HeadsSettings) -> list[Chunk]:
     """Rows of random tokens repeated once, behind the token that the tokenizer itself puts in front (if any)."""
     from interp.data import repeated_tokens
     from interp.inputs import tokenizer_of
+    from interp.patches import image_token_ids
 
     tokenizer = tokenizer_of(lens.processor)
     size = lens.vocabulary
@@ -67,6 +78,7 @@ def repeated_chunks(lens: "Lens", settings: HeadsSettings) -> list[Chunk]:
         special = set(tokenizer.all_special_ids)
         front = tokenizer("a")["input_ids"][0]
         begin = front if front == tokenizer.bos_token_id else None
+    special.update(image_token_ids(lens.model.config))
     allowed = [i for i in range(size) if i not in special]
     ids = repeated_tokens(
         settings.repeat_rows, settings.repeat_length, allowed_ids=allowed, bos_id=begin, seed=settings.seed
@@ -81,6 +93,7 @@ def compute(
     chunks: Sequence[Chunk],
     settings: HeadsSettings,
     *,
+    keywords: Keywords | None = None,
     done: Callable[[], None] = lambda: None,
     show: bool = False,
 ) -> HeadScores:
@@ -91,25 +104,73 @@ def compute(
         method: its name.
         chunks: from `prompt_chunks` or `repeated_chunks`. For mean ablation one: the mean is the batch's.
         settings: the methods' options.
+        keywords: for the methods that need them.
         done: called after each chunk.
         show: whether ablation, the slow one, shows a bar of its own.
     """
     if method == "patterns":
         return _patterns(lens, chunks, settings, done)
+    if method in CONCEPTUAL:
+        assert keywords is not None
+        return _concepts(lens, method, chunks, settings, keywords, done)
     pieces = []
     for chunk in chunks:
-        asked: dict[str, Any] = {"answers": chunk.answers, "wrong": chunk.wrong}
-        if method == "direct_effect":
-            piece = direct_effect(lens, chunk.batch, **asked, normalize=settings.share)
-        elif method == "importance":
-            piece = importance(lens, chunk.batch, **asked, absolute=settings.absolute)  # pyright: ignore[reportArgumentType]
-        else:
-            copies = max(1, min(16, ABLATION_ROWS * settings.batch_size // len(chunk.batch)))
-            piece = ablation(lens, chunk.batch, **asked, mode=settings.mode, max_copies=copies, progress=show)  # pyright: ignore[reportArgumentType]
-        pieces.append(piece)
+        pieces.append(_piece(lens, method, chunk, settings, show))
         done()
+    if method == "visual_concentration":
+        return _unweighted(merge([_weighted(piece) for piece in pieces]))
     merged = merge(pieces)
     return normalized(merged, settings.normalize) if method == "importance" else merged
+
+
+def _piece(lens: "Lens", method: str, chunk: Chunk, settings: HeadsSettings, show: bool) -> HeadScores:
+    """A method whose scores are means over prompts, on one chunk."""
+    batch = chunk.batch
+    asked: dict[str, Any] = {"answers": chunk.answers, "wrong": chunk.wrong}
+    if method == "direct_effect":
+        return direct_effect(lens, batch, **asked, normalize=settings.share)
+    if method == "importance":
+        return importance(lens, batch, **asked, absolute=settings.absolute)  # pyright: ignore[reportArgumentType]
+    if method == "ablation":
+        copies = max(1, min(16, ABLATION_ROWS * settings.batch_size // len(batch)))
+        return ablation(lens, batch, **asked, mode=settings.mode, max_copies=copies, progress=show)  # pyright: ignore[reportArgumentType]
+    if method == "vision_divergence":
+        options: dict[str, Any] = {name: getattr(settings, name) for name in ("without", "form", "outliers", "seed")}
+        return vision_divergence(lens, batch, **options)
+    return visual_concentration(lens, batch, sink=settings.sink)
+
+
+def _concepts(
+    lens: "Lens",
+    method: str,
+    chunks: Sequence[Chunk],
+    settings: HeadsSettings,
+    keywords: Keywords,
+    done: Callable[[], None],
+) -> HeadScores:
+    """A method that takes all prompts in one stream."""
+
+    def stream() -> Iterator["Batch"]:
+        for chunk in chunks:
+            yield chunk.batch
+            done()
+
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("positions", "apply_final_norm")}
+    if method == "logit_lens":
+        return logit_lens_ranking(lens, stream(), keywords, **options)
+    options |= {name: getattr(settings, name) for name in ("center", "random_lists", "seed")}
+    return pursuit(lens, stream(), keywords, **options)
+
+
+def _weighted(scores: HeadScores) -> HeadScores:
+    """With the sum of its columns over prompts instead of a mean that is weighted by another column."""
+    extra = {**scores.extra, "concentration": scores.extra["concentration"] * scores.extra["weight"]}
+    return replace(scores, extra=extra)
+
+
+def _unweighted(scores: HeadScores) -> HeadScores:
+    mean = scores.extra["concentration"] / scores.extra["weight"].clamp_min(1e-30)
+    return replace(scores, extra={**scores.extra, "concentration": mean})
 
 
 def merge(pieces: Sequence[HeadScores]) -> HeadScores:
@@ -130,7 +191,7 @@ def _settings(pieces: Sequence[HeadScores]) -> dict[str, Any]:
     """Settings of the whole: counts are added up, lists by prompt joined."""
     whole: dict[str, Any] = dict(pieces[0].settings)
     for key, value in pieces[0].settings.items():
-        if key in ("prompts", "tokens", "used"):
+        if key in ("prompts", "tokens", "used", "sinks", "image_tokens"):
             whole[key] = sum(p.settings[key] for p in pieces)
         elif isinstance(value, list):
             whole[key] = [x for p in pieces for x in p.settings[key]]

@@ -8,7 +8,7 @@ from interp.errors import UnsupportedError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from interp.cli.batches import Chunk
+    from interp.cli.ranking.batches import Chunk
     from interp.lens import Lens
     from interp.scores import HeadScores
 
