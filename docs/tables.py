@@ -76,8 +76,11 @@ def experiments() -> dict[str, tuple[str, Callable[[], str]]]:
     found: dict[str, tuple[str, Callable[[], str]]] = {}
     for path in sorted((DOCS.parent / "experiments").glob("*/results/*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        for name, rows in content.get("tables", {}).items() if isinstance(content, dict) else ():
-            found[f"{path.stem}: {name}"] = (f"experiments/{path.stem}.md", lambda rows=rows: markdown(rows))
+        if not isinstance(content, dict):
+            continue
+        page = f"experiments/{content.get('page', path.stem)}.md"
+        for name, rows in content.get("tables", {}).items():
+            found[f"{path.stem}: {name}"] = (page, lambda rows=rows: markdown(rows))
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import typer
 
 import interp
-from experiments.attribution.records import Row, interval, record, show
+from experiments.records import Row, interval, record, show
 from interp import attribution
 from interp.batch import Batch
 from interp.data import scenes
@@ -155,7 +155,7 @@ def main(n: int = 100, curves: Annotated[int, typer.Option(help="scenes for the 
         sizes[title] = len(task.batch)
         tables[title] = table(lens, task, make(lens, drawn[:curves]))
         show(title, tables[title])
-    record("scenes", {"scenes": n, "scenes for curves": curves, "samples": sizes}, tables)
+    record("attribution", "scenes", {"scenes": n, "scenes for curves": curves, "samples": sizes}, tables)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 
 import interp
-from experiments.attribution.records import Row, record, show
+from experiments.records import Row, record, show
 from interp import attribution
 from interp.batch import Batch
 from interp.evaluation import rank_correlation
@@ -166,7 +166,8 @@ def main(audio: Annotated[Path, typer.Option(help="folder of 16 kHz .wav files")
             row[f"{against}: Pearson / Spearman"] = "" if np.isnan(pair[0]) else f"{pair[0]:.2f} / {pair[1]:.2f}"
         rows.append(row)
     show("speech", rows)
-    record("speech", {"clips": len(paths), "window_seconds": WINDOW / FRAMES}, {"speech": rows, "speech, clips": texts})
+    settings = {"clips": len(paths), "window_seconds": WINDOW / FRAMES}
+    record("attribution", "speech", settings, {"speech": rows, "speech, clips": texts})
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import torch
 import typer
 
 import interp
-from experiments.attribution.records import Row, interval, mean_target, record, show
+from experiments.attribution.means import mean_target
 from experiments.attribution.sentences import Sentence, sentences
 from experiments.attribution.similarity import similarity_lens
+from experiments.records import Row, interval, record, show
 from interp import attribution
 from interp.batch import Batch
 from interp.evaluation import agreement
@@ -148,7 +149,7 @@ def main(n: Annotated[int, typer.Option(help="how many sentences")] = 200, write
         show(name, rows)
     print(about)
     if write:
-        record("text", {"sentences": n, **about}, tables)
+        record("attribution", "text", {"sentences": n, **about}, tables)
 
 
 if __name__ == "__main__":

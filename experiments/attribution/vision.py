@@ -19,8 +19,9 @@ import typer
 from PIL import Image
 
 import interp
-from experiments.attribution.records import Row, interval, mean_target, record, show
+from experiments.attribution.means import mean_target
 from experiments.attribution.saliency_vit import saliency_lens
+from experiments.records import Row, interval, record, show
 from interp import attribution
 from interp.batch import Batch
 from interp.data import scenes
@@ -106,7 +107,7 @@ def main(n: int = 48, blanked: Annotated[int, typer.Option(help="pictures for bl
         rest = {"AUROC of pixels": 0.5, "Spearman with the saliency head": 0.0}
         tables[title].append({"map": "chance", "pointing": area, "IoU": area, **rest})
         show(title, tables[title])
-    record("vision", {"pictures": n, "pictures with blank-out": blanked}, tables)
+    record("attribution", "vision", {"pictures": n, "pictures with blank-out": blanked}, tables)
 
 
 if __name__ == "__main__":
