@@ -92,7 +92,7 @@ def test_topics_and_strongest_prompts(lens, batch, run):
     for method in ("vision_divergence", "pursuit"):
         scores = HeadScores.load(run / method)
         mine = frame[frame["method"] == method]
-        top = scores.top(3, by=leading(method))
+        top = scores.top(3, by=leading(method, scores))
         assert mine[["layer", "head"]].to_numpy().tolist() == top[["layer", "head"]].to_numpy().tolist()
         first = mine.iloc[0]
         topic = heads.topics(lens, batch, top.head(1), k=5)[0]
@@ -113,6 +113,13 @@ def test_effects_are_those_of_the_ends_of_the_ranking(lens, batch, run, inputs):
     assert found.sets == wanted.sets
     assert torch.allclose(found.after, wanted.after, atol=1e-4)
     assert torch.allclose(found.random, wanted.random, atol=1e-4)
+    # Concepts are ranked by how far they lie above the floor, the two ends of their effects as well.
+    scores = HeadScores.load(run / "pursuit")
+    ends = {
+        name: list(map(tuple, scores.top(4, "above_floor", largest=largest)[["layer", "head"]].to_numpy().tolist()))
+        for name, largest in (("top 4", True), ("bottom 4", False))
+    }
+    assert {name: list(pairs) for name, pairs in HeadEffects.load(run / "pursuit" / "effects").sets.items()} == ends
     frame = pd.read_parquet(run / "effects.parquet")
     assert len(frame) == len(METHODS) * 2 * 3  # top and bottom, by loss, accuracy and logit difference
 

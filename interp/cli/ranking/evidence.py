@@ -23,8 +23,14 @@ SPREAD = 50  # heads whose concept score gets an interval
 SIGNED = ("direct_effect", "ablation", "logit_lens")
 
 
-def leading(method: str) -> str:
-    """What a method's top heads are by: the size of scores that have a sign, or the score."""
+def leading(method: str, scores: "HeadScores") -> str:
+    """What a method's top heads are by: the size of scores that have a sign, or the score.
+
+    For pursuit it is how far the score lies above its floor: by the score alone those heads come first that write along
+    what all rows of the unembedding share, whatever the keywords.
+    """
+    if method == "pursuit" and "above_floor" in scores.extra:
+        return "above_floor"
     return "abs" if method in SIGNED else "score"
 
 
@@ -47,10 +53,11 @@ class Evidence:
     reasons: dict[str, str] = field(default_factory=dict)
     _topics: "dict[tuple[int, int], HeadTopic]" = field(default_factory=dict)
 
-    def effects(self, scores: "HeadScores", inputs: "Sequence[Chunk]") -> "HeadEffects | None":
+    def effects(self, method: str, scores: "HeadScores", inputs: "Sequence[Chunk]") -> "HeadEffects | None":
         """What scaling the heads at both ends of a ranking does, beside random heads; None where it cannot be had.
 
         Args:
+            method: which ranking.
             scores: the ranking.
             inputs: what it was computed on, for runs without prompts.
         """
@@ -58,13 +65,15 @@ class Evidence:
         k = min(self.settings.effect_heads, total // 2)
         if not k:
             return None
+        by = leading(method, scores)
+        by = "score" if by == "abs" else by  # the two ends of a ranking with a sign are its two signs
         chunks = self.some or inputs
         answers, wrong = ([one for c in chunks for one in getattr(c, name) or ()] for name in ("answers", "wrong"))
         try:
             return effect_of(
                 self.lens,
                 [c.batch for c in chunks],
-                dict(extremes(scores, k)),
+                dict(extremes(scores, k, by)),
                 scale=self.settings.effect_scale,
                 answers=answers or None,
                 wrong=wrong or None,
@@ -87,7 +96,7 @@ class Evidence:
         rows: list[dict[str, Any]] = []
         count = self.settings.topic_heads
         if count and self.chunks and self.lens.anatomy.main == scores.tower:
-            for row in scores.top(count, by=leading(method)).to_dict("records"):
+            for row in scores.top(count, by=leading(method, scores)).to_dict("records"):
                 head = int(row["layer"]), int(row["head"])
                 topic = self._topic(head)
                 if topic is None:
@@ -102,7 +111,9 @@ class Evidence:
         if method != "pursuit" or scores.settings["prompts"] < 2:
             return None
         batches = [c.batch for c in self.chunks]
-        return pursuit_interval(self.lens, batches, scores, scores.top(SPREAD), seed=self.settings.seed)
+        return pursuit_interval(
+            self.lens, batches, scores, scores.top(SPREAD, leading(method, scores)), seed=self.settings.seed
+        )
 
     def _topic(self, head: tuple[int, int]) -> "HeadTopic | None":
         if head not in self._topics:

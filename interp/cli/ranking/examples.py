@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.cli.ranking.evidence import leading
 from interp.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ LONGEST = 96
 
 
 def strongest(method: str, scores: "HeadScores") -> tuple[int, int]:
-    """The head that an example is shown of: the largest score, or for signed changes the largest in size."""
-    first = scores.top(1, by="score" if method in ("direct_effect", "patterns") else "abs").iloc[0]
+    """The head that an example is shown of: the first of the ranking; of direct effects the most positive one."""
+    first = scores.top(1, by="score" if method == "direct_effect" else leading(method, scores)).iloc[0]
     return int(first["layer"]), int(first["head"])
 
 

@@ -67,7 +67,7 @@ def _summary(folder: RunFolder, results: "dict[str, HeadScores]") -> Section:
 
     rows = []
     for method, scores in results.items():
-        top = scores.top(3, by=leading(method))
+        top = scores.top(3, by=leading(method, scores))
         named = ", ".join(f"L{r['layer']} H{r['head']} ({r['score']:.3g})" for r in top.to_dict("records"))
         half = halves(scores)
         rows.append(
@@ -144,17 +144,22 @@ def _answers(frame: "pd.DataFrame") -> Section:
 
 def _method(folder: RunFolder, method: str, scores: "HeadScores") -> Section:
     overview, strongest, *_ = head_sections(scores, k=folder.settings.top)
-    top = scores.top(folder.settings.top, by=leading(method))
+    top = scores.top(folder.settings.top, by=leading(method, scores))
     frame = with_interval(scores, folder.settings.seed, folder.intervals(method))
     interval = [c for c in ("low", "high") if c in frame]
     table = top.merge(frame[["layer", "head", *interval]], on=["layer", "head"]) if interval else top
     order = ["rank", "layer", "head", "score", *interval]
     table = table.reindex(columns=[*order, *(c for c in table.columns if c not in order)])
     table = table.drop(columns=[scores.settings.get("score", "")], errors="ignore")
-    caption = f"Ranked by the {'size of the ' if leading(method) == 'abs' else ''}score." + (
+    by = {"abs": "size of the score", "above_floor": "column above_floor"}.get(leading(method, scores), "score")
+    caption = f"Ranked by the {by}." + (
         " low and high: 95% bootstrap interval over prompts, of each head by itself." if interval else ""
     )
     blocks = [Text(explanation(method, scores.settings)), overview.blocks[1], strongest.blocks[0]]
+    if leading(method, scores) == "above_floor":
+        bars = scores.plot(kind="bars", column="above_floor", k=folder.settings.top, title="")
+        note = "How far the score lies above that of random lists: heads of these keywords, not of words in general."
+        blocks[-1] = Figure(bars, note)
     blocks.append(Folded(f"Table of the {len(table)} strongest heads", [Table(table, caption)]))
     blocks += topic_blocks(folder, method)
     blocks += [_example(folder, method, shown) for shown in folder.examples(method)]

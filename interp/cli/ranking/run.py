@@ -162,7 +162,7 @@ def _keep(
         roles=found,
         topics=topics,
         intervals=evidence.intervals(method, scores),
-        effects=evidence.effects(scores, chunks),
+        effects=evidence.effects(method, scores, chunks),
     )
 
 
@@ -193,7 +193,7 @@ def show_top(folder: RunFolder, method: str, k: int | None = None) -> None:
     from interp.cli.ranking.texts import TITLES
 
     scores = folder.scores()[method]
-    top = scores.top(k or folder.settings.top, by=leading(method))
+    top = scores.top(k or folder.settings.top, by=leading(method, scores))
     frame = with_interval(scores, folder.settings.seed, folder.intervals(method))
     several = "low" in frame
     rows: list[list[Any]] = []
@@ -204,5 +204,6 @@ def show_top(folder: RunFolder, method: str, k: int | None = None) -> None:
             cells.append(f"{row['low']:.4f} to {row['high']:.4f}")
         rows.append(cells)
     columns = ["rank", "layer", "head", scores.unit or "score", *(["95% interval"] if several else [])]
-    table(f"{TITLES[method]}: strongest heads", columns, rows, right=tuple(columns))
+    by = " above the floor of random lists" if leading(method, scores) == "above_floor" else ""
+    table(f"{TITLES[method]}: strongest heads{by}", columns, rows, right=tuple(columns))
     sys.stdout.flush()

@@ -35,7 +35,7 @@ def write_summary(folder: RunFolder) -> Path:
         topics = folder.topics(method)
         known = {} if topics is None else {(r["layer"], r["head"]): r["tokens"] for r in topics.to_dict("records")}
         rows = []
-        for row in scores.top(HEADS, by=leading(method)).to_dict("records"):
+        for row in scores.top(HEADS, by=leading(method, scores)).to_dict("records"):
             at = frame[(frame["layer"] == row["layer"]) & (frame["head"] == row["head"])].iloc[0]
             cells = [f"L{row['layer']} H{row['head']}", f"{row['score']:.4g}"]
             cells += [f"{at['low']:.4g} to {at['high']:.4g}"] if several else []
