@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         report,
         scores,
         sites,
+        steering,
         testing,
+        tracing,
     )
     from interp.batch import Batch
     from interp.engine.entry import Entry
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from interp.reads import Read
     from interp.scores import HeadScores, TokenScores
     from interp.trace import Trace
+    from interp.tracing import CausalMap
 
 try:
     __version__ = version("interp")
@@ -46,6 +49,7 @@ _HOME = {
     "Trace": "interp.trace",
     "HeadScores": "interp.scores",
     "TokenScores": "interp.tokens",
+    "CausalMap": "interp.tracing",
 }
 _MODULES = (
     "attribution",
@@ -60,11 +64,14 @@ _MODULES = (
     "report",
     "scores",
     "sites",
+    "steering",
     "testing",
+    "tracing",
 )
 
 __all__ = [
     "Batch",
+    "CausalMap",
     "Entry",
     "Generation",
     "HeadScores",
@@ -87,7 +94,9 @@ __all__ = [
     "report",
     "scores",
     "sites",
+    "steering",
     "testing",
+    "tracing",
     "wrap",
 ]
 

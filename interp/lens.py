@@ -14,11 +14,12 @@ from interp.batch import Batch, padding_side
 from interp.edits import Edit, flatten
 from interp.engine.anatomy import Anatomy, relative_error
 from interp.engine.discover import discover
-from interp.engine.entry import Entry
+from interp.engine.entry import Entry, Prefix
 from interp.engine.plan import layers_of, refuse
 from interp.engine.probe import probe_inputs, tokens, vocabulary
 from interp.engine.proof import TOLERANCE, prove
 from interp.engine.run import Metric, device_of, generate, parameters_of, run
+from interp.engine.stepper import Stepper
 from interp.errors import AnatomyError, InputError, SettingsError, UnsupportedError
 from interp.headlist import check_model
 from interp.inputs import batch_of, pad_id, prepare_images, prepare_texts, tokenizer_of
@@ -354,6 +355,7 @@ class Lens:
         seed: int | None = None,
         logits_processor: Any = None,
         stopping_criteria: Any = None,
+        prefix: Prefix | None = None,
         to: torch.device | str | None = None,
     ) -> Generation:
         """Generate with the edits active in the prompt and in every decoding step; the key/value cache stays in use.
@@ -374,13 +376,17 @@ class Lens:
             seed: for sampling; needed with `do_sample`.
             logits_processor: transformers `LogitsProcessor`s.
             stopping_criteria: transformers `StoppingCriteria`.
+            prefix: what a full run of the batch left (`lens.run(batch, ..., cache=True).cache`): only the last position
+                of the prompt is computed anew, and edits of the prompt act there alone.
             to: device to keep the reads on.
 
         Raises:
             SettingsError: sampling without a seed, or sampling options without sampling.
             InputError: the batch is padded on the right.
-            UnsupportedError: the model does not generate.
+            UnsupportedError: the model does not generate, or not behind a prefix.
         """
+        if prefix is not None and self.prefix_refusal is not None:
+            raise UnsupportedError(f"{self.name}: {self.prefix_refusal}: generate without a prefix.")
         if not hasattr(self.model, "generate") or not getattr(self.model, "can_generate", lambda: True)():
             raise UnsupportedError(f"{type(self.model).__name__} does not generate (no language-model head).")
         if batch.padding in ("right", "mixed") and not getattr(self.model.config, "is_encoder_decoder", False):
@@ -405,13 +411,27 @@ class Lens:
             if seed is not None:
                 torch.manual_seed(seed)
             sequences, trace = generate(
-                self.model, self.anatomy, batch, list(dict.fromkeys(wanted)), self._mine(edits), options, to
+                self.model, self.anatomy, batch, list(dict.fromkeys(wanted)), self._mine(edits), options, prefix, to
             )
         encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
         new = sequences if encoder_decoder else sequences[:, batch.mask.shape[1] :]
         tokenizer = tokenizer_of(self.processor)
         texts = None if tokenizer is None else tuple(tokenizer.batch_decode(new, skip_special_tokens=True))
         return Generation(texts, new, sequences, trace)
+
+    @property
+    def prefix_refusal(self) -> str | None:
+        """Why generation cannot go on behind the keys and values of a run; None if it can."""
+        layers = self.anatomy.towers[self.anatomy.main].layers
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            return "an encoder-decoder generates from its encoder's output"
+        if any("mixer" in x.branches for x in layers):
+            return "recurrent layers carry a state that a prefix does not hold"
+        if any("cross" in x.attention for x in layers) or any(x.adjusted for x in layers):
+            return "images enter its later layers"
+        if any(hasattr(m, "rope_deltas") for m in self.model.modules()):
+            return "it numbers positions by what it remembers of the last image that it saw"
+        return None
 
     def _mine(self, edits: Iterable[Edit | Iterable[Edit]]) -> list[Edit]:
         """Edits as one list; those whose heads come from a ranking have to be of this model."""
@@ -444,6 +464,20 @@ class Lens:
         except UnsupportedError as error:
             return str(error)
         return None
+
+    def stepper(self, batch: Batch, prefix: Prefix | None = None) -> Stepper:
+        """The main tower's layers, to be called one at a time on rows that are copies of the batch's samples.
+
+        Args:
+            batch: from `prepare`.
+            prefix: `lens.run(batch, ..., cache=True).cache`: needed for a start behind the first column, for images,
+                and for encoder-decoders.
+
+        Raises:
+            UnsupportedError: the layers need more than their stream and what the model gives every layer.
+        """
+        self._ready(batch)
+        return Stepper(self.model, self.anatomy, self._positioned(batch), prefix)
 
     def unembed(self, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Logits of a residual stream: the model's final norm, output projection, and what follows it.

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import interp
 from interp.cli.app import app
-from interp.cli.ranking.batches import compute, prompt_chunks, repeated_chunks
 from interp.cli.described import describe, spans
+from interp.cli.ranking.batches import compute, prompt_chunks, repeated_chunks
 from interp.cli.ranking.settings import KINDS, METHODS, OPTIONS, HeadsSettings, read_config, template
 from interp.data import Prompt, read_prompts
 from interp.errors import InputError, SettingsError, UnknownNameError

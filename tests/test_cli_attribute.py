@@ -25,10 +25,10 @@ from interp.cli.app import app
 from interp.cli.attribution import asking
 from interp.cli.attribution.agreement import compared
 from interp.cli.attribution.folder import AttributionFolder
-from interp.cli.pictures import overlay
 from interp.cli.attribution.settings import METHODS, OPTIONS, AttributeSettings, read_config, template
-from interp.cli.named import named_methods
 from interp.cli.attribution.texts import QUESTIONS, TITLES, explanation
+from interp.cli.named import named_methods
+from interp.cli.pictures import overlay
 from interp.data import read_prompts
 from interp.errors import FileError, InputError, SettingsError, UnknownNameError
 from interp.evaluation.agreement import agreement as correlation

@@ -16,13 +16,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import interp.scores
+from interp import steering
 from interp.cli.app import app
+from interp.cli.evaluation import intervention as acting
 from interp.cli.evaluation import run as runs
 from interp.cli.evaluation.data import load_data
 from interp.cli.evaluation.settings import EvaluateSettings, read_config, template
+from interp.data import scenes
 from interp.errors import InputError, SettingsError, UnknownNameError
 from interp.evaluation import ChairScores, PopeScores, Vocabulary, caption_images, read_answers, read_captions
 from interp.report import Picture, Pictures, Section, write_report
+from tests.conftest import packaged
 from tests.zoo import build, processor
 
 CATEGORIES = ["dog", "cat", "car", "hot dog", "person", "bus", "chair", "cup"]
@@ -474,3 +478,102 @@ def test_pictures_know_two_marks(tmp_path):
     assert "<h3>&lt;t&gt;</h3>" in page
     with pytest.raises(InputError, match="marked 'right', 'wrong' or '', found 'bad'"):
         write_report(tmp_path, title="t", sections=[Section("s", [Pictures([Picture(b"", "t", [("a", "bad")])])])])
+
+
+def on_scenes(task, out, *arguments, code=0):
+    base = ("--data", "scenes", "--n", 6, "--examples", 1, "--device", "cpu", "--batch-size", 4)
+    return call("evaluate", task, "scenes", *base, "--out", out, *arguments, code=code)
+
+
+def test_interventions_act_and_are_recorded(tmp_path):
+    packaged("scenes")
+    lens = interp.load("scenes", device="cpu")
+    on_scenes("chair", tmp_path / "plain")
+    on_scenes("chair", tmp_path / "vhr", "--intervention", "vhr", "--strength", 4)
+    found = ChairScores.load(tmp_path / "vhr" / "scores")
+    assert {key: found.settings[key] for key in ("intervention", "strength", "control")} == {
+        "intervention": "vhr", "strength": 4.0, "control": None}  # fmt: skip
+    assert "intervention" not in ChairScores.load(tmp_path / "plain" / "scores").settings
+    images = {s.id: s.image for s in scenes.scenes("test", 6)}
+    wanted = caption_images(
+        lens,
+        images,
+        prompt=scenes.CAPTION_PROMPT,
+        batch_size=4,
+        edits=lambda batch: steering.vision_reinforcement(lens, batch, scale=4.0),
+    )
+    assert dict(zip(found.ids, found.captions, strict=True)) == wanted
+    assert found.captions != ChairScores.load(tmp_path / "plain" / "scores").captions
+    assert "scenes, vhr at strength 4" in (tmp_path / "vhr" / "report.html").read_text()
+    settings = yaml.safe_load((tmp_path / "vhr" / "settings.yaml").read_text())
+    assert (settings["intervention"], settings["strength"]) == ("vhr", 4)
+    # Strength 1 changes nothing; the usual one named or left out is the same run.
+    on_scenes("chair", tmp_path / "one", "--intervention", "vhr", "--strength", 1)
+    assert (tmp_path / "one" / "captions.jsonl").read_bytes() == (tmp_path / "plain" / "captions.jsonl").read_bytes()
+    on_scenes("pope", tmp_path / "pope", "--intervention", "vhr", "--negatives", "random")
+    text = on_scenes("pope", tmp_path / "pope", "--intervention", "vhr", "--strength", 2, "--negatives", "random")
+    assert "not computed again" in text
+    line = on_scenes("pope", tmp_path / "pope", "--negatives", "random", code=2)
+    assert "intervention is 'vhr' there, asked is None" in line
+    # A record from before there were interventions is that of a run without one.
+    record = json.loads((tmp_path / "plain" / "run.json").read_text())
+    for name in ("intervention", "strength", "control"):
+        del record["fingerprint"][name]
+    (tmp_path / "plain" / "run.json").write_text(json.dumps(record))
+    assert "not computed again" in on_scenes("chair", tmp_path / "plain")
+    line = on_scenes("chair", tmp_path / "vhr", "--intervention", "vhr", "--strength", 3, code=2)
+    assert "strength is 4.0 there, asked is 3.0" in line
+    assert "--overwrite" in on_scenes("chair", tmp_path / "plain", "--intervention", "var", code=2)
+    text = on_scenes("chair", tmp_path / "var", "--intervention", "var")
+    assert "scenes has no sink dimensions" in text
+    assert (tmp_path / "var" / "captions.jsonl").read_bytes() == (tmp_path / "plain" / "captions.jsonl").read_bytes()
+
+
+def test_random_heads_do_not_depend_on_the_batch(tmp_path):
+    """A run that is taken up has other batches; the control must be the same one."""
+    control = ("--intervention", "vhr", "--strength", 4, "--control", "random")
+    on_scenes("chair", tmp_path / "a", *control)
+    on_scenes("chair", tmp_path / "b", *control, "--batch-size", 1)
+    on_scenes("chair", tmp_path / "seed", *control, "--seed", 1)
+    on_scenes("chair", tmp_path / "chosen", *control[:4])
+    a, b, seed, chosen = ((tmp_path / name / "captions.jsonl").read_text() for name in ("a", "b", "seed", "chosen"))
+    assert a == b
+    assert len({a, seed, chosen}) == 3
+
+
+def test_sinks_are_found_once(monkeypatch, tmp_path):
+    """VAR with the dimensions of the first images, in every batch."""
+    probed, made = [], []
+
+    def found(lens, batch):
+        probed.append(len(batch))
+        return (3,)
+
+    def redistributed(lens, batch, *, dimensions, p):
+        made.append((len(batch), dimensions, p))
+        return steering.attention_redistribution(lens, batch, dimensions=dimensions, tau=0.1, p=p)
+
+    monkeypatch.setattr(acting, "sink_dimensions", found)
+    monkeypatch.setattr(acting, "attention_redistribution", redistributed)
+    on_scenes("chair", tmp_path / "run", "--intervention", "var", "--strength", 0.75)
+    assert (probed, made) == ([6], [(4, (3,), 0.25), (2, (3,), 0.25)])
+    probed.clear()
+    on_scenes("pope", tmp_path / "pope", "--intervention", "var", "--negatives", "random")
+    assert probed == [8]
+
+
+def test_bad_interventions_are_one_line(coco, tmp_path):
+    out = tmp_path / "out"
+    assert "intervention 'vhx' does not exist" in on_scenes("chair", out, "--intervention", "vhx", code=2)
+    assert "give --intervention vhr or var" in on_scenes("chair", out, "--strength", 2, code=2)
+    assert "give --intervention vhr or var" in on_scenes("pope", out, "--control", "random", code=2)
+    both = ("--intervention", "var")
+    assert "which chooses heads; var does not" in on_scenes("pope", out, *both, "--control", "random", code=2)
+    assert "between 0 and 1, found 2.0" in on_scenes("pope", out, *both, "--strength", 2, code=2)
+    assert "is finite, found nan" in on_scenes("pope", out, "--intervention", "vhr", "--strength", "nan", code=2)
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"image": 1, "caption": "a"}\n')
+    data = ("--annotations", coco / "instances.json", "--out", out, "--subset")
+    line = call("evaluate", "chair", "--captions", file, *data, "--intervention", "vhr", code=2)
+    assert "vhr acts on a model, but a file is scored" in line
+    assert not out.exists()

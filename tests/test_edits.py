@@ -198,3 +198,57 @@ def test_a_closed_gate_cannot_be_edited():
 def test_result_cannot_be_edited(lens, batch):
     with pytest.raises(UnsupportedError, match="not edited"):
         edits.splice(lambda x: x, site="result")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral", "gpt2"])
+@pytest.mark.parametrize("positions", ["last", (-3, -2), "tensor"])
+def test_an_edit_of_a_few_query_rows_is_that_of_all_rows(name, positions):
+    """Rows that no edit concerns keep the kernel's own result; the others are as if all had been computed anew."""
+    lens = interp.wrap(build(name), name=name)
+    ids = torch.tensor([[70, 71, 72, 73, 74, 75, 76, 77], [0, 0, 0, 81, 82, 83, 84, 85]])
+    batch = lens.prepare(input_ids=ids, attention_mask=(ids > 0).long())
+    if positions == "tensor":
+        positions = torch.tensor([[4, 6], [2, 3]])
+    chosen = batch.select(interp.Read("pattern", positions=positions).positions)
+    marked = torch.zeros_like(batch.mask).scatter_(1, chosen.index, True)
+
+    def half(pattern, where):
+        new = pattern * torch.linspace(0.5, 1.5, pattern.shape[-1])
+        return new / new.sum(-1, keepdim=True).clamp_min(1e-9)
+
+    def everywhere(pattern, where):
+        return torch.where(marked[:, None, :, None], half(pattern, where), pattern)
+
+    few = edits.Edit(interp.Read("pattern", layers=(1,), positions=positions), half, "half")
+    every = edits.Edit(interp.Read("pattern", layers=(1,)), everywhere, "half")
+    read = ["attn_out.1", "logits"]
+    plain, one, two = (lens.run(batch, read, made) for made in ((), [few], [every]))
+    assert torch.allclose(one.logits[batch.mask], two.logits[batch.mask], atol=1e-5)
+    kept = batch.mask & ~marked
+    assert torch.equal(one["attn_out", 1][kept], plain["attn_out", 1][kept])
+    assert not torch.allclose(one["attn_out", 1][marked], plain["attn_out", 1][marked], atol=1e-5)
+    hidden = edits.mask_attention(queries=positions, keys=1, layers=2)
+    before = lens.run(batch, ["pattern.2", "logits"], hidden)  # the read needs all rows
+    assert torch.allclose(before.logits[batch.mask], lens.run(batch, ["logits"], hidden).logits[batch.mask], atol=1e-5)
+    assert bool((before["pattern", 2].transpose(1, 2)[marked][..., 1 + 3 * 0] <= 1).all())
+
+
+def test_edits_of_generated_rows_act_in_generation_alone():
+    lens = interp.wrap(build("llama"), name="llama")
+    ids = torch.tensor([[70, 71, 72, 73, 74, 75], [0, 0, 81, 82, 83, 84]])
+    batch = lens.prepare(input_ids=ids, attention_mask=(ids > 0).long())
+    seen = []
+
+    def note(pattern, where):
+        seen.append(where.columns.tolist())
+        return pattern
+
+    made = edits.Edit(interp.Read("pattern", layers=(1,), positions="generated"), note, "note")
+    assert torch.equal(lens.run(batch, ["logits"], [made]).logits, lens.run(batch, ["logits"]).logits)
+    assert seen == []
+    lens.generate(batch, [made], max_new_tokens=3, min_new_tokens=3)
+    assert seen == [[[6], [6]], [[7], [7]]]
+    seen.clear()
+    both = [made, edits.Edit(interp.Read("pattern", layers=(1,), positions=(-2,)), note, "note")]
+    lens.generate(batch, both, max_new_tokens=2, min_new_tokens=2)
+    assert seen == [[[4], [4]], [[6], [6]]]

@@ -7,9 +7,12 @@ from PIL import Image
 
 import interp
 from interp import edits
+from interp.data import scenes
 from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.evaluation import Question, answer_questions, answer_tokens, caption_images, image_prompt
 from interp.evaluation.answering import checked_image
+from interp.steering import vision_reinforcement
+from tests.conftest import packaged
 from tests.zoo import build, processor
 
 FAMILIES = ["llava", "llava_next", "qwen2_vl", "paligemma"]
@@ -255,3 +258,54 @@ def test_images_are_loaded_batch_by_batch(llava):
         llava, lazy, prompt="p", batch_size=2, max_new_tokens=1, progress=lambda n: at.append(len(lazy.asked))
     )
     assert at == [2, 4, 5]
+
+
+def test_edits_may_be_made_for_each_batch(llava):
+    """A function that returns fixed edits is those edits; one that looks at its batch is called once for each."""
+    images, asked = pictures(5), questions(6)
+    change = edits.steer(torch.full((32,), 3.0), layers=1)
+    captions = {"prompt": "describe", "max_new_tokens": 6, "batch_size": 2, "chat": False}
+    seen = []
+
+    def fixed(batch):
+        seen.append(len(batch))
+        return iter([change])
+
+    assert caption_images(llava, images, edits=fixed, **captions) == caption_images(
+        llava, images, edits=change, **captions
+    )
+    assert seen == [2, 2, 1]
+    answers = {"batch_size": 4, "max_new_tokens": 5, "chat": False}
+    seen.clear()
+    assert answer_questions(llava, asked, images, edits=fixed, **answers) == answer_questions(
+        llava, asked, images, edits=change, **answers
+    )
+    assert seen == [4, 2]
+
+
+def test_reinforcement_of_each_batch_is_that_by_hand():
+    """Every batch has heads of its own, chosen on it: edits of another batch would not fit, or be others."""
+    lens = packaged("scenes")
+    drawn = list(scenes.scenes("test", 5))
+    images = {s.id: s.image for s in drawn}
+
+    def reinforced(batch):
+        return vision_reinforcement(lens, batch, scale=4.0)
+
+    found = caption_images(
+        lens, images, prompt=scenes.CAPTION_PROMPT, max_new_tokens=12, batch_size=2, edits=reinforced
+    )
+    ids, text = list(images), image_prompt(lens, scenes.CAPTION_PROMPT)
+    for some in (ids[:2], ids[2:4], ids[4:]):
+        batch = lens.prepare([text] * len(some), [images[one] for one in some], padding_side="left")
+        made = lens.generate(batch, vision_reinforcement(lens, batch, scale=4.0), max_new_tokens=12)
+        assert [found[one] for one in some] == [text.strip() for text in made.texts]
+    assert found != caption_images(lens, images, prompt=scenes.CAPTION_PROMPT, max_new_tokens=12, batch_size=2)
+    asked = [Question(f"{s.id}-{name}", s.id, scenes.existence(name), "yes", "x") for s in drawn for name in s.names]
+    answers = answer_questions(lens, asked, images, max_new_tokens=1, batch_size=3, edits=reinforced)
+    rows = asked[3:6]
+    prompts = [image_prompt(lens, row.text) for row in rows]
+    batch = lens.prepare(prompts, [images[row.image] for row in rows], padding_side="left")
+    logits = lens.run(batch, "logits@last", vision_reinforcement(lens, batch, scale=4.0)).logits[:, -1].softmax(-1)
+    yes, no = (logits[:, ids].sum(-1) for ids in answer_tokens(lens))
+    assert [answers.yes_probability[row.id] for row in rows] == pytest.approx((yes / (yes + no)).tolist(), rel=1e-5)

@@ -17,6 +17,9 @@ Images = Annotated[Path | None, typer.Option("--images", help=help_of("images"))
 Annotations = Annotated[Path | None, typer.Option("--annotations", help=help_of("annotations"))]
 Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help=help_of("chat"))]
 Longest = Annotated[int | None, typer.Option("--max-new-tokens", help=help_of("max_new_tokens"))]
+Intervention = Annotated[str | None, typer.Option("--intervention", help=help_of("intervention"))]
+Strength = Annotated[float | None, typer.Option("--strength", help=help_of("strength"))]
+Control = Annotated[str | None, typer.Option("--control", help=help_of("control"))]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help=help_of("batch_size"))]
 Seed = Annotated[int | None, typer.Option("--seed", help=help_of("seed"))]
 Resamples = Annotated[int | None, typer.Option("--resamples", help=help_of("resamples"))]
@@ -45,6 +48,9 @@ def chair(
     prompt: Annotated[str | None, typer.Option("--prompt", help=help_of("prompt"))] = None,
     chat: Chat = None,
     max_new_tokens: Longest = None,
+    intervention: Intervention = None,
+    strength: Strength = None,
+    control: Control = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
     resamples: Resamples = None,
@@ -58,7 +64,8 @@ def chair(
     """Caption images with MODEL and count the objects in the captions that are not there (CHAIR).
 
     With --captions FILE an existing file is scored, and no model is run. Captions are stored batch by batch: a run that
-    was interrupted is taken up by the same command.
+    was interrupted is taken up by the same command. With --intervention the model is changed while it speaks; compare
+    with the same command without it, and with --control random.
     """
     options = {key: value for key, value in locals().items() if key not in ("out", "config", "overwrite")}
     _run("chair", options, out, config, overwrite)
@@ -81,6 +88,9 @@ def pope(
     parser: Annotated[str | None, typer.Option("--parser", help=help_of("parser"))] = None,
     chat: Chat = None,
     max_new_tokens: Longest = None,
+    intervention: Intervention = None,
+    strength: Strength = None,
+    control: Control = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
     resamples: Resamples = None,
@@ -94,7 +104,8 @@ def pope(
     """Ask MODEL after objects that are there and objects that are not (POPE).
 
     With --answers FILE an existing file is scored, and no model is run. Answers are stored batch by batch: a run that
-    was interrupted is taken up by the same command.
+    was interrupted is taken up by the same command. With --intervention the model is changed while it speaks; compare
+    with the same command without it, and with --control random.
     """
     options = {key: value for key, value in locals().items() if key not in ("out", "config", "overwrite")}
     _run("pope", options, out, config, overwrite)

@@ -210,7 +210,17 @@ def attention_scores(
         # The queries that share a key are put behind one another, so that no key is copied.
         q = q.reshape(size, n_kv, -1, width)
     scores = (widened(q) @ widened(k).transpose(-1, -2)).view(size, n_chosen, n_rows, -1)
-    scaling = call.options.get("scaling")
+    return finished(scores, call, heads, rows)
+
+
+def finished(
+    scores: Float[Tensor, "batch h n key"],
+    call: AttentionCall,
+    heads: Int[Tensor, " h"] | None = None,
+    rows: Int[Tensor, "batch n"] | slice | None = None,
+) -> Float[Tensor, "batch h n key"]:
+    """Attention logits from the products of queries and keys, which it changes: scale, soft cap, bias and mask."""
+    width, scaling = call.query.shape[-1], call.options.get("scaling")
     scores *= width**-0.5 if scaling is None else scaling
     cap = call.options.get("softcap")
     if cap:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +82,22 @@ def check_entry(entry: Entry, anatomy: Anatomy, width: int | None, has_images: b
         )
 
 
+def fork(cache: Any) -> Any:
+    """A key/value cache on the same tensors: it grows (and is cropped) on its own, since a cache makes new tensors."""
+    new = copy.copy(cache)
+    if hasattr(cache, "is_updated"):
+        new.self_attention_cache, new.cross_attention_cache = map(
+            fork, (cache.self_attention_cache, cache.cross_attention_cache)
+        )
+        new.is_updated = dict(cache.is_updated)
+    else:
+        new.layers = [copy.copy(layer) for layer in cache.layers]
+    return new
+
+
 def cropped(prefix: Prefix, start: int) -> Any:
-    """A copy of the key/value cache that holds the first `start` columns only."""
-    cache = copy.deepcopy(prefix.key_values)
+    """The key/value cache with its first `start` columns only, which may grow without changing the prefix."""
+    cache = fork(prefix.key_values)
     spare = cache.get_seq_length() - start
     if spare > 0:
         cache.crop(-spare)
@@ -101,7 +114,7 @@ def entered(entry: Entry | None, anatomy: Anatomy) -> Iterator[None]:
     first = tower.layer(entry.layer)
     with ExitStack() as stack:
         for layer in tower.layers[: first.index]:
-            stack.callback(_skip(layer))
+            stack.callback(handing_on(layer))
         key = first.in_key
 
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -115,12 +128,14 @@ def entered(entry: Entry | None, anatomy: Anatomy) -> Iterator[None]:
         yield
 
 
-def _skip(layer: Layer) -> Any:
-    """Make a layer hand its input on; returns the function that undoes it."""
+def handing_on(layer: Layer, see: Callable[[tuple, dict], None] | None = None) -> Callable[[], None]:
+    """Make a layer hand its input on; returns the function that undoes it. `see` gets what the layer is called with."""
     module, key = layer.module, layer.in_key
     own = module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if see is not None:
+            see(args, kwargs)
         stream = args[key] if isinstance(key, int) and key < len(args) else None
         if stream is None:
             stream = kwargs["hidden_states" if isinstance(key, int) else key]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -344,7 +345,14 @@ class _LayerHooks:
             recorder.done(places[site])
 
     def _changed(self, call: AttentionCall, places: Mapping[str, Place], delegate: Callable) -> tuple:
-        """Attention with edited scores or pattern; the kernel's own result if the edits changed nothing."""
+        """Attention with edited scores or pattern; the kernel's own result where the edits changed nothing."""
+        sites = [site for site in ("scores", "pattern") if site in places]
+        size, width = call.query.shape[0], call.query.shape[2]
+        rows = [self.recorder.rows(places[site], size, width, call.query.device) for site in sites]
+        if all(r is not None for r in rows):
+            chosen = torch.stack(rows).any(0)  # pyright: ignore[reportArgumentType]
+            if not bool(chosen.all()):
+                return self._some_rows(call, places, delegate, chosen)
         before = attention_scores(call)
         scores = self.recorder.visit(places["scores"], before) if "scores" in places else before
         plain = attention_pattern(scores, call)
@@ -352,6 +360,28 @@ class _LayerHooks:
         if scores is before and pattern is plain:
             return delegate(call)
         return mix_values(pattern, call), pattern.to(call.query.dtype)
+
+    def _some_rows(
+        self, call: AttentionCall, places: Mapping[str, Place], delegate: Callable, chosen: Bool[Tensor, "batch query"]
+    ) -> tuple[Tensor, Any]:
+        """The kernel's attention, but for some query rows, whose scores or pattern are edited."""
+        out, weights = delegate(call)
+        columns = chosen.any(0).nonzero()[:, 0]
+        if not len(columns):
+            for site in ("scores", "pattern"):
+                if site in places:
+                    self.recorder.done(places[site])
+            return out, weights
+        rows = slice(int(columns[0]), int(columns[-1]) + 1)
+        before = attention_scores(call, None, rows)
+        with self.recorder.narrowed(rows):
+            scores = self.recorder.visit(places["scores"], before) if "scores" in places else before
+            plain = attention_pattern(scores, call)
+            pattern = self.recorder.visit(places["pattern"], plain) if "pattern" in places else plain
+        if scores is before and pattern is plain:
+            return out, weights
+        mixed = torch.where(chosen[:, rows, None, None], mix_values(pattern, call).to(out.dtype), out[:, rows])
+        return torch.cat([out[:, : rows.start], mixed, out[:, rows.stop :]], dim=1), weights
 
     def _flush(self, kind: str, part: AttentionPart) -> None:
         """Join the attention calls of a packed tower into one and serve its sites."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,8 +116,13 @@ class Recorder:
         if isinstance(positions, str) and positions == "all":
             return None
         start = self._start(tower)
+        named = isinstance(positions, str) and positions in ("last", "generated")
+        step = self.generating and tower == self.anatomy.main and start >= self.batch.mask.shape[1]
+        if named and step and width == 1:
+            return None
         key = (
             self.step,
+            start,
             tower,
             size,
             width,
@@ -132,13 +138,18 @@ class Recorder:
             found = self._generated(positions, mask, start, width)
         else:
             found = select(positions, mask, self.batch if main else None)
-            if start:
-                inside = (found.index >= start) & (found.index < start + width)
-                if bool((found.valid & ~inside).any()):
-                    raise InputError(f"positions {positions} lie before column {start}, where this run was entered.")
-                found = Selection((found.index - start).clamp(0, width - 1), found.valid)
+        if start and not (self.generating and main and self._of_step(positions, start)):
+            inside = (found.index >= start) & (found.index < start + width)
+            if bool((found.valid & ~inside).any()):
+                raise InputError(f"positions {positions} lie before column {start}, where this run was entered.")
+            found = Selection((found.index - start).clamp(0, width - 1), found.valid)
         self.chosen[key] = Chosen.of(Selection(found.index.to(device), found.valid.to(device)))
         return self.chosen[key]
+
+    def _of_step(self, positions: Any, start: int) -> bool:
+        """Whether a selection in a generation counts from where the present step begins."""
+        named = isinstance(positions, str) and positions in ("last", "generated")
+        return named or start >= self.batch.mask.shape[1]
 
     def _generated(self, positions: Any, mask: Tensor, start: int, width: int) -> Selection:
         size, prompt = mask.shape[0], self.batch.mask.shape[1]
@@ -183,7 +194,8 @@ class Recorder:
         if work is None:
             return value
         for edit, heads in work.edits:
-            value = self._edit(place, edit, heads, value)
+            if self.generating or edit.read.positions != "generated":
+                value = self._edit(place, edit, heads, value)
         if work.probe:
             probe = torch.zeros_like(value, requires_grad=True)
             self.probes[place] = probe
@@ -197,6 +209,33 @@ class Recorder:
             self.keep_part(at, place, part.clone() if copy and part is value else part, chosen)
         self.done(place)
         return value
+
+    def rows(self, place: Place, size: int, width: int, device: torch.device) -> Bool[Tensor, "batch query"] | None:
+        """The query rows that edits of scores or a pattern concern; None for all, or where others are read."""
+        work = self.plan.work[place]
+        if work.reads or work.probe or place[0] != self.anatomy.main:
+            return None
+        rows = torch.zeros(size, width, dtype=torch.bool, device=device)
+        for edit, _ in work.edits:
+            if edit.read.positions == "generated" and not self.generating:
+                continue
+            chosen = self.selection(edit.read.positions, place[0], size, width, device)
+            if chosen is None:
+                return None
+            if chosen.index.numel():
+                # Fillers stand at columns that may be chosen as well: they add nothing.
+                rows |= torch.zeros_like(rows, dtype=torch.int).scatter_add_(1, chosen.index, chosen.valid.int()) > 0
+        return rows
+
+    @contextmanager
+    def narrowed(self, rows: slice) -> Iterator[None]:
+        """While open, values hold these rows of the present chunk only."""
+        before = self.offset
+        self.offset += rows.start
+        try:
+            yield
+        finally:
+            self.offset = before
 
     def all_keys(self, place: Place, columns: int, part: Tensor) -> Tensor:
         """Scores or a pattern with the keys that a sliding cache has dropped put back as never looked at."""
@@ -308,6 +347,8 @@ def check_edit(edit: Edit, place: Place, old: Tensor, new: Any) -> None:
     if not isinstance(new, Tensor) or new.shape != old.shape:
         found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise EditError(f"{where} returned {found} instead of a tensor of shape {tuple(old.shape)}.")
+    if place[3] != "scores" and bool(new.sum().isfinite()):  # nearly always: the sum of finite numbers may overflow
+        return
     bad = new.isnan() if place[3] == "scores" else ~new.isfinite()
     if bool(bad.any()) and bool((bad & old.isfinite()).any()):
         raise EditError(f"{where} made NaN or infinity, first at index {bad.nonzero()[0].tolist()} of its selection.")

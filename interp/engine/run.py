@@ -15,7 +15,7 @@ from interp.edits import Edit
 from interp.engine.anatomy import Anatomy
 from interp.engine.entry import Entry, Prefix, check_entry, cropped, entered
 from interp.engine.hooks import attached
-from interp.engine.plan import heads_of, layers_of, make_plan, plan_for
+from interp.engine.plan import Plan, heads_of, layers_of, make_plan, plan_for
 from interp.engine.recorder import Recorder, Stop, check_no_nan, gather_positions, reduce_part
 from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.reads import Read
@@ -62,9 +62,10 @@ def run(
     if not plan.work and not wants_logits and not cache:
         raise SettingsError("nothing to do: give reads (or gradients, or cache=True).")
     if entry is not None:
-        _enter_inputs(inputs, entry, anatomy, batch, recorder)
+        recorder.offset = enter_inputs(inputs, entry, anatomy, batch, recorder.plan)
     last_only = bool(plan.logits) and all(r.positions == "last" for r in plan.logits) and metric is None
-    if last_only and "logits_to_keep" in takes and batch.padding in (None, "left"):
+    few = last_only and batch.padding in (None, "left") if wants_logits else cache
+    if few and "logits_to_keep" in takes:
         inputs["logits_to_keep"] = 1
     key_values = inputs.get("past_key_values")
     if cache:
@@ -74,7 +75,7 @@ def run(
         if "encoder" in anatomy.towers and anatomy.main == "decoder":
             key_values = EncoderDecoderCache(key_values, DynamicCache())
         inputs["past_key_values"] = key_values
-    if "use_cache" in takes and "use_cache" not in inputs and (key_values is not None or _plain_attention(anatomy)):
+    if "use_cache" in takes and "use_cache" not in inputs and (key_values is not None or plain_attention(anatomy)):
         inputs["use_cache"] = key_values is not None
     out: Any = None
     with ExitStack() as stack:
@@ -103,22 +104,35 @@ def run(
     )
 
 
-def _plain_attention(anatomy: Anatomy) -> bool:
+def plain_attention(anatomy: Anatomy) -> bool:
     """Whether every layer goes through transformers' attention table; elsewhere the cache decides which code runs."""
     layers = anatomy.towers[anatomy.main].layers
     return all(layer.attention for layer in layers if "mixer" not in layer.branches)
 
 
-def _enter_inputs(inputs: dict[str, Any], entry: Entry, anatomy: Anatomy, batch: Batch, recorder: Recorder) -> None:
+def enter_inputs(
+    inputs: dict[str, Any],
+    entry: Entry,
+    anatomy: Anatomy,
+    batch: Batch,
+    plan: Plan | None = None,
+    *,
+    positions: bool = False,
+) -> int:
+    """Change a model's inputs into those of a run that is entered; returns the first column that is computed.
+
+    With `positions`, images are left out even where later layers look at them, and position ids come from the prefix.
+    """
     width = batch.mask.shape[1]
     has_images = batch.image_mask is not None and any(n.startswith(_IMAGE_INPUTS) for n in inputs)
-    check_entry(entry, anatomy, width if anatomy.main in ("text", "decoder") else None, has_images)
+    check_entry(entry, anatomy, width if anatomy.main in ("text", "decoder") else None, has_images and not positions)
     tower, _ = anatomy.tower(entry.tower)
-    below = sorted(i for t, _, i, s in recorder.plan.work if t == tower.name and i < tower.layer(entry.layer).index)
+    first = tower.layer(entry.layer).index
+    below = sorted(i for t, _, i, s in (plan.work if plan else ()) if t == tower.name and i < first)
     if below:
         raise InputError(f"layer {below[0]} lies below layer {entry.layer}, where this run is entered.")
     if tower.name != anatomy.main:
-        return
+        return 0
     if entry.prefix is not None and entry.prefix.encoder_outputs is not None:
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -128,14 +142,15 @@ def _enter_inputs(inputs: dict[str, Any], entry: Entry, anatomy: Anatomy, batch:
     crossed = any("cross" in x.attention for x in tower.layers) and not getattr(
         anatomy.towers.get("encoder"), "layers", None
     )
-    if has_images and not crossed and not any(x.adjusted for x in tower.layers[tower.layer(entry.layer).index + 1 :]):
+    adjusted = any(x.adjusted for x in tower.layers[first + 1 :]) and not positions
+    if has_images and not crossed and not adjusted:
         if entry.prefix is None or entry.prefix.position_ids is None:
             raise InputError("entering a model with images needs the prefix of a full run (its position ids).")
         for name in [n for n in inputs if n.startswith(_IMAGE_INPUTS)]:
             del inputs[name]
         inputs["position_ids"] = entry.prefix.position_ids
     if entry.start == 0:
-        return
+        return 0
     if crossed:
         raise UnsupportedError("this model's cross-attention layers keep their keys apart: entry.start must be 0.")
     assert entry.prefix is not None
@@ -150,7 +165,7 @@ def _enter_inputs(inputs: dict[str, Any], entry: Entry, anatomy: Anatomy, batch:
     if "position_ids" not in inputs and entry.prefix.position_ids is not None:
         inputs["position_ids"] = entry.prefix.position_ids[..., entry.start :]
     inputs["past_key_values"] = cropped(entry.prefix, entry.start)
-    recorder.offset = entry.start
+    return entry.start
 
 
 @contextmanager
@@ -253,12 +268,12 @@ def _logits(recorder: Recorder, read: Read, logits: Tensor, kept_last: bool) -> 
 
 
 @contextmanager
-def stepping(model: nn.Module, recorder: Recorder, prompt: int) -> Iterator[None]:
-    """Count the forward calls of a generation and where in the sequence each begins."""
+def stepping(model: nn.Module, recorder: Recorder, prompt: int, start: int = 0) -> Iterator[None]:
+    """Count the forward calls of a generation and where in the sequence each begins, the first at `start`."""
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         recorder.step += 1
-        recorder.offset = 0 if recorder.step == 1 else prompt + recorder.step - 2
+        recorder.offset = start if recorder.step == 1 else prompt + recorder.step - 2
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -274,9 +289,15 @@ def generate(
     reads: Sequence[Read],
     edits: Sequence[Edit],
     options: Mapping[str, Any],
+    prefix: Prefix | None = None,
     to: torch.device | str | None = None,
 ) -> tuple[Tensor, Trace]:
     """Generate under a plan; see `Lens.generate`."""
+    inputs, start = dict(batch.inputs), 0
+    if prefix is not None:
+        start = batch.mask.shape[1] - 1
+        inputs = {n: v for n, v in inputs.items() if not n.startswith(_IMAGE_INPUTS)}
+        inputs["past_key_values"] = cropped(prefix, start)
     plan = make_plan(anatomy, reads, edits)
     recorder = Recorder(plan, anatomy, batch, generating=True, to=to)
     if any(r.site == "logits" for r in reads):
@@ -284,9 +305,9 @@ def generate(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(stepping(model, recorder, batch.mask.shape[1]))
+        stack.enter_context(stepping(model, recorder, batch.mask.shape[1], start))
         stack.enter_context(attached(recorder))
-        tokens = model.generate(**batch.inputs, **options)  # type: ignore[operator]
+        tokens = model.generate(**inputs, **options)  # type: ignore[operator]
     values, valid = recorder.finish()
     masks = {**dict.fromkeys(anatomy.towers), **recorder.masks}
     return tokens, Trace(values, {}, valid, masks, anatomy.main, anatomy.depth)

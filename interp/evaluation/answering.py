@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from interp.batch import Batch
 from interp.edits import Edit
 from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.evaluation.ids import by_id
@@ -18,7 +19,8 @@ from interp.evaluation.questions import Question, check_questions
 from interp.inputs import placeholder, tokenizer_of
 from interp.lens import Lens
 
-Edits = Iterable[Edit | Iterable[Edit]]
+Fixed = Iterable[Edit | Iterable[Edit]]
+Edits = Fixed | Callable[[Batch], Fixed]
 Progress = Callable[[int], None]
 _GREY = ("1", "L")
 
@@ -55,7 +57,8 @@ def caption_images(
         prompt: what the model is asked (see `image_prompt`).
         max_new_tokens: how long a caption may be, in tokens.
         batch_size: images in one run of the model.
-        edits: from `interp.edits` or `interp.steering`, active in the prompt and in every step.
+        edits: from `interp.edits` or `interp.steering`, active in the prompt and in every step; or a function that
+            makes them for a batch, called once for each as it is run, where they depend on its samples.
         chat: whether to use the processor's chat template (see `image_prompt`).
         progress: called after each batch with the number of its images.
 
@@ -70,11 +73,11 @@ def caption_images(
     _check_counts(max_new_tokens, batch_size)
     known = _Known(images)
     text = image_prompt(lens, prompt, chat=chat)
-    edits = list(edits)
+    edits_of = _for_each(edits)
     found: dict[str, str] = {}
     for ids in _chunks(list(known.keys), batch_size):
         batch = lens.prepare([text] * len(ids), [known.image(lens, one) for one in ids], padding_side="left")
-        made = lens.generate(batch, edits, max_new_tokens=max_new_tokens).texts
+        made = lens.generate(batch, edits_of(batch), max_new_tokens=max_new_tokens).texts
         found |= dict(zip(ids, _stripped(lens, made), strict=True))
         if progress is not None:
             progress(len(ids))
@@ -102,7 +105,8 @@ def answer_questions(
         prompt: what is put around a question, with `{question}`, such as "{question} Answer with yes or no.".
         max_new_tokens: how long an answer may be, in tokens.
         batch_size: questions in one run of the model.
-        edits: from `interp.edits` or `interp.steering`, active in the prompt and in every step.
+        edits: from `interp.edits` or `interp.steering`, active in the prompt and in every step; or a function that
+            makes them for a batch, called once for each as it is run, where they depend on its samples.
         chat: whether to use the processor's chat template (see `image_prompt`).
         progress: called after each batch with the number of its questions.
 
@@ -123,7 +127,7 @@ def answer_questions(
                 f"question {question.id!r} is about image {question.image!r}, which is not among the images."
             )
     yes, no = answer_tokens(lens)
-    edits = list(edits)
+    edits_of = _for_each(edits)
     texts: dict[str, str] = {}
     chance: dict[str, float] = {}
     for ids in _chunks(list(asked), batch_size):
@@ -131,10 +135,11 @@ def answer_questions(
         prompts = [image_prompt(lens, prompt.replace("{question}", row.text), chat=chat) for row in rows]
         pictures = {image: known.image(lens, image) for image in dict.fromkeys(row.image for row in rows)}
         batch = lens.prepare(prompts, [pictures[row.image] for row in rows], padding_side="left")
-        last = lens.run(batch, ["logits@last"], edits).logits[:, -1].double().cpu()
+        changes = edits_of(batch)
+        last = lens.run(batch, ["logits@last"], changes).logits[:, -1].double().cpu()
         share = torch.sigmoid(last[:, yes].logsumexp(-1) - last[:, no].logsumexp(-1))
         chance |= dict(zip(ids, share.tolist(), strict=True))
-        made = lens.generate(batch, edits, max_new_tokens=max_new_tokens).texts
+        made = lens.generate(batch, changes, max_new_tokens=max_new_tokens).texts
         texts |= dict(zip(ids, _stripped(lens, made), strict=True))
         if progress is not None:
             progress(len(ids))
@@ -274,6 +279,14 @@ def _fixed_size(lens: Lens) -> int | None:
 def _adds_begin(lens: Lens) -> bool:
     tokenizer: Any = tokenizer_of(lens.processor)
     return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def _for_each(edits: Edits) -> Callable[[Batch], list[Edit | Iterable[Edit]]]:
+    """The edits of a batch; what is fixed may be an iterator, and is read once."""
+    if callable(edits):
+        return lambda batch: list(edits(batch))
+    fixed = list(edits)
+    return lambda batch: fixed
 
 
 def _chunks(items: Sequence[str], size: int) -> list[list[str]]:

@@ -43,6 +43,9 @@ def write_page(folder: EvaluationFolder) -> Path:
     settings = folder.settings
     task = settings.task.upper()
     what = settings.model or Path(str(settings.texts)).name
+    if settings.acts:
+        random = " with random heads" if settings.control else ""
+        what = f"{what}, {settings.intervention}{random} at strength {settings.force:g}"
     sections = [
         Section("Numbers", [Text(_first(scores)), Table(_numbers(scores), _caption(scores)), _figure(scores)]),
         Section("How to read them", [Text(CHAIR_TEXT if isinstance(scores, ChairScores) else POPE_TEXT)]),

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from interp.cli.console import load, progress, table
 from interp.cli.evaluation.data import Data, load_data, png
 from interp.cli.evaluation.folder import EvaluationFolder
+from interp.cli.evaluation.intervention import Maker, first_prompts, intervention
 from interp.cli.evaluation.page import examples, write_page
 from interp.cli.evaluation.settings import EvaluateSettings
 from interp.errors import FileError
@@ -114,7 +116,9 @@ def _ask(folder: EvaluationFolder, data: Data) -> None:
     device = str(next(lens.model.parameters()).device)
     dtype = str(lens.dtype).removeprefix("torch.")
     folder.note(model={"device": device, "dtype": dtype, "class": type(lens.model).__name__})
-    ask = _captioner(lens, settings, data) if settings.task == "chair" else _answerer(lens, settings, data)
+    probe = partial(first_prompts, lens, data.prompt, images, data.questions, settings.chat)
+    acting = intervention(lens, settings, probe)
+    ask = (_captioner if settings.task == "chair" else _answerer)(lens, settings, data, acting)
     start, size = time.perf_counter(), settings.batch_size
     with progress() as bar:
         task = bar.add_task(settings.task, total=len(wanted), completed=len(done))
@@ -127,7 +131,9 @@ def _ask(folder: EvaluationFolder, data: Data) -> None:
     typer.echo(f"{settings.task}: {len(todo)} {'images' if settings.task == 'chair' else 'questions'}, {seconds:.1f} s")
 
 
-def _captioner(lens: "Lens", settings: EvaluateSettings, data: Data) -> Callable[[list[str]], list[Row]]:
+def _captioner(
+    lens: "Lens", settings: EvaluateSettings, data: Data, acting: Maker | None
+) -> Callable[[list[str]], list[Row]]:
     images: Mapping[str, Any] = data.images or {}
 
     def ask(chunk: list[str]) -> list[Row]:
@@ -137,6 +143,7 @@ def _captioner(lens: "Lens", settings: EvaluateSettings, data: Data) -> Callable
             prompt=data.prompt,
             max_new_tokens=settings.longest,
             batch_size=settings.batch_size,
+            edits=() if acting is None else acting(chunk),
             chat=settings.chat,
         )
         return [{"image": one, "caption": text} for one, text in found.items()]
@@ -144,7 +151,9 @@ def _captioner(lens: "Lens", settings: EvaluateSettings, data: Data) -> Callable
     return ask
 
 
-def _answerer(lens: "Lens", settings: EvaluateSettings, data: Data) -> Callable[[list[str]], list[Row]]:
+def _answerer(
+    lens: "Lens", settings: EvaluateSettings, data: Data, acting: Maker | None
+) -> Callable[[list[str]], list[Row]]:
     images: Mapping[str, Any] = data.images or {}
     questions = {question.id: question for question in data.questions}
 
@@ -156,6 +165,7 @@ def _answerer(lens: "Lens", settings: EvaluateSettings, data: Data) -> Callable[
             prompt=data.prompt,
             max_new_tokens=settings.longest,
             batch_size=settings.batch_size,
+            edits=() if acting is None else acting(chunk),
             chat=settings.chat,
         )
         return [{"id": one, "answer": found.texts[one], "p_yes": found.yes_probability[one]} for one in chunk]
@@ -198,7 +208,13 @@ def _recorded(settings: EvaluateSettings, data: Data) -> dict[str, Any]:
     about = {"data": settings.source, "data_sha256": data.sha256}
     if settings.texts is not None:
         return {"model": "", "texts": settings.texts, **about}
-    return {"model": settings.model, "prompt": data.prompt, "max_new_tokens": settings.longest, **about}
+    return {
+        "model": settings.model,
+        "prompt": data.prompt,
+        "max_new_tokens": settings.longest,
+        **settings.acts,
+        **about,
+    }
 
 
 def _digest(path: str) -> str:

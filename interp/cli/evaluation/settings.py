@@ -1,5 +1,6 @@
 """The settings of `interp evaluate`: one frozen dataclass for both tasks, checked in one place."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,9 @@ from interp.errors import SettingsError
 TASKS = ("chair", "pope")
 NEGATIVES = ("random", "popular", "adversarial")
 PARSERS = ("robust", "compat")
+STRENGTHS = {"vhr": 2.0, "var": 0.4}
+"""The interventions, each with its usual strength."""
+
 VOCABULARIES = ("auto", "coco", "closed")
 FILES = ("images", "annotations", "reference_captions", "captions", "answers", "questions")
 UNHASHED = ("device", "batch_size", "examples", *FILES)
@@ -65,6 +69,18 @@ class EvaluateSettings:
     max_new_tokens: int | None = setting(
         None, "longest text in tokens; null for 64 (captions) or 8 (answers)", kind=int, least=1
     )
+    intervention: str | None = setting(
+        None, "what acts on the model: vhr (vision-aware heads made louder) or var (attention moved off sinks)",
+        choices=STRENGTHS, named=True,
+    )  # fmt: skip
+    strength: float | None = setting(
+        None,
+        "of the intervention; null for the usual one: 2 for vhr (1 changes nothing), 0.4 for var (0 changes nothing)",
+        kind=float,
+    )
+    control: str | None = setting(
+        None, "random: as many random heads of the same layers instead (vhr alone)", choices=("random",), named=True
+    )
     batch_size: int = setting(16, "images or questions in one run of the model", least=1)
     seed: int = setting(0, "seed of every random choice", least=0)
     resamples: int = setting(1000, "how often the images are drawn anew for the intervals", least=1)
@@ -87,7 +103,24 @@ class EvaluateSettings:
             raise SettingsError(f"a model ({self.model}) and a file ({self.texts}) are both named: take one of them.")
         if self.subset and self.captions is None:
             raise SettingsError("subset is for a file of captions: give --captions FILE.")
+        self._check_intervention()
         self._check_source()
+
+    def _check_intervention(self) -> None:
+        if self.intervention is None:
+            for name in ("strength", "control"):
+                if getattr(self, name) is not None:
+                    raise SettingsError(f"{name} is for an intervention: give --intervention {' or '.join(STRENGTHS)}.")
+            return
+        if self.texts is not None:
+            raise SettingsError(f"{self.intervention} acts on a model, but a file is scored: leave out one of the two.")
+        if self.control is not None and self.intervention != "vhr":
+            raise SettingsError(
+                f"control {self.control} is for vhr, which chooses heads; {self.intervention} does not."
+            )
+        if not math.isfinite(self.force) or (self.intervention == "var" and not 0 <= self.force <= 1):
+            span = "lies between 0 and 1" if self.intervention == "var" else "is finite"
+            raise SettingsError(f"the strength of {self.intervention} {span}, found {self.force}.")
 
     def _check_source(self) -> None:
         coco = {"annotations": self.annotations, "images": self.images, "reference_captions": self.reference_captions}
@@ -137,11 +170,23 @@ class EvaluateSettings:
         """How many tokens a text may have."""
         return self.max_new_tokens or (64 if self.task == "chair" else 8)
 
+    @property
+    def force(self) -> float:
+        """The strength of the intervention."""
+        return float(STRENGTHS[self.intervention or "vhr"] if self.strength is None else self.strength)
+
+    @property
+    def acts(self) -> dict[str, Any]:
+        """What acts on the model, as it is recorded; empty where nothing does."""
+        if self.intervention is None:
+            return {}
+        return {"intervention": self.intervention, "strength": self.force, "control": self.control}
+
     def hashed(self) -> dict[str, Any]:
         """The settings that decide what the numbers mean."""
         kept = {key: value for key, value in asdict(self).items() if key not in UNHASHED}
         more = {"data": self.source, "max_new_tokens": self.longest, "negatives": list(self.negatives)}
-        return kept | more
+        return kept | more | self.acts  # None without an intervention, as in records of runs from before there were any
 
 
 def help_of(name: str) -> str:

@@ -1,0 +1,97 @@
+"""What interventions cost: greedy decoding with each against plain decoding, in interleaved rounds.
+
+    python -m experiments.benchmarks.steering [--rounds 9] [--width 512]
+
+On `scenes` (captions of eight pictures), and on a random LLaVA of 12 layers with 576 image tokens. Times hold all: the
+choice of heads, the prompt and every decoding step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import interp
+from experiments.benchmarks.rounds import interleaved, record, show
+from interp import evaluation, steering
+from interp.batch import Batch
+from interp.data import scenes
+
+NEW = 48
+
+
+def random_llava(width: int) -> tuple[interp.Lens, Batch]:
+    """Twelve layers, 576 image tokens, 24 tokens of text behind them."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    vision.image_size, vision.patch_size, vision.projection_dim = 336, 14, 64
+    text = LlamaConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12, num_attention_heads=8)
+    text.num_key_value_heads, text.vocab_size, text.max_position_embeddings = 8, 1000, 1024
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=5, image_seq_length=576)
+    lens = interp.wrap(LlavaForConditionalGeneration(config).eval(), name="random-llava")
+    ids = torch.cat([torch.tensor([[1, 10]]), torch.full((1, 576), 5), torch.randint(10, 1000, (1, 24))], 1)
+    pixels = torch.randn(1, 3, 336, 336)
+    return lens, lens.prepare(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels)
+
+
+def captions() -> tuple[interp.Lens, Batch]:
+    """Eight scenes with the caption prompt."""
+    lens = interp.load("scenes", device="cpu")
+    drawn = list(scenes.scenes("test", 8))
+    text = evaluation.image_prompt(lens, scenes.CAPTION_PROMPT)
+    return lens, lens.prepare([text] * len(drawn), [s.image for s in drawn], padding_side="left")
+
+
+def contestants(lens: interp.Lens, batch: Batch) -> dict[str, Callable[[], object]]:
+    """Plain decoding, and with each intervention; sink dimensions and rates are given, for a random model has none."""
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    depth = len(lens.anatomy.towers["text"].layers)
+    rates = [0.1 * (1 + i % 4) for i in range(depth)]
+
+    def reinforced() -> object:
+        chosen = steering.vision_heads(lens, batch)
+        return lens.generate(batch, chosen.edits(2.0), prefix=chosen.prefix, **options)
+
+    def injected() -> object:
+        made = steering.representation_injection(lens, attn=rates, mlp=rates)
+        return lens.generate(batch, made, **options)
+
+    def redistributed() -> object:
+        made = steering.attention_redistribution(lens, batch, dimensions=(3,), tau=1.5)
+        return lens.generate(batch, made, **options)
+
+    return {
+        "plain": lambda: lens.generate(batch, **options),
+        "VHR": reinforced,
+        "VHR, the prompt read twice": lambda: lens.generate(
+            batch, steering.vision_reinforcement(lens, batch), **options
+        ),
+        "IRI": injected,
+        "VAR": redistributed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--width", type=int, default=512)
+    options = parser.parse_args()
+    found = {}
+    for title, (lens, batch) in {
+        "scenes, 8 captions": captions(),
+        f"random LLaVA, 12 layers of {options.width}, 576 image tokens": random_llava(options.width),
+    }.items():
+        rows = interleaved(contestants(lens, batch), rounds=options.rounds)
+        show(f"{title}, {NEW} new tokens", rows)
+        found[title] = [asdict(row) for row in rows]
+    record(Path(__file__).parent / "results" / "steering.json", found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What interventions on generation do: one table, each beside its controls; tables in docs/experiments/steering.md."""

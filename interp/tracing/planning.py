@@ -1,0 +1,140 @@
+"""Which rows of a sweep travel together: those with nearly the same first column, as many as memory holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from interp.lens import Lens
+
+# What calling a layer costs beside its tokens, counted in tokens: on a CPU about what reading its weights takes, on a
+# GPU the time in which it would have computed many more.
+_CALL = {"cpu": 24, "cuda": 1024}
+# More tokens at once are slower on a CPU, whose caches they do not fit.
+_TOKENS = {"cpu": 1024}
+_SHARE, _MOST = 4, 2**31
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limits:
+    """How much may be computed at once.
+
+    Attributes:
+        rows: the most rows of a pass, or None.
+        memory: bytes that a pass may take, as far as they can be foreseen.
+        tokens: the most tokens that are better computed at once than one after the other, or None.
+    """
+
+    rows: int | None
+    memory: int
+    tokens: int | None = None
+
+    def count(self, bytes_each: int, columns: int) -> int:
+        """How many rows a pass may have, each of this many bytes and columns."""
+        fits = max(1, self.memory // max(1, bytes_each))
+        if self.rows is not None:
+            return min(self.rows, fits)
+        return fits if self.tokens is None else min(fits, max(1, self.tokens // columns))
+
+
+def limits_of(lens: Lens, rows: int | None, memory: int | None) -> Limits:
+    """The limits of a sweep; `memory` is found where it is None."""
+    device = next(lens.model.parameters()).device
+    return Limits(rows, _free(device) if memory is None else memory, _TOKENS.get(device.type))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes for a pass: a part of the memory that is free where the model is, and no more than 2 GiB."""
+    if device.type == "cuda":
+        return min(8 * _MOST, torch.cuda.mem_get_info(device)[0] // 2)
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        free = _MOST
+    return min(_MOST, max(2**26, free // _SHARE))
+
+
+def row_bytes(lens: Lens, columns: int, keys: int, sources: int = 0) -> int:
+    """Bytes that one row of a layer's call takes at its peak, from the widths of the widest layer.
+
+    Args:
+        lens: the model.
+        columns: columns that are computed.
+        keys: keys that they look at, themselves included.
+        sources: positions of the encoder.
+    """
+    tower = lens.anatomy.towers[lens.anatomy.main]
+    size = torch.empty(0, dtype=lens.dtype).element_size()
+    most = 0
+    for layer in tower.layers:
+        weight = getattr(layer.down_proj, "weight", None)
+        wide = weight.numel() // tower.d_model if weight is not None and weight.is_floating_point() else 0
+        each = columns * (8 * tower.d_model + 3 * max(wide, 4 * tower.d_model))
+        for part in layer.attention.values():
+            seen = sources if part.cross else keys
+            each += columns * 3 * part.n_heads * (part.d_head + part.d_value)
+            # Keys and values are joined to those of the prefix, and eager attention repeats them for every head.
+            each += 2 * seen * part.n_heads * (part.d_head + part.d_value)
+            each += 2 * columns * seen * part.n_heads if columns * seen > 2**16 else 0
+        most = max(most, each)
+    return size * most
+
+
+def shared_starts(starts: np.ndarray, work: np.ndarray, width: int, device: str) -> np.ndarray:
+    """For each row the column at which its pass begins, not behind its own.
+
+    Rows that begin early cost many columns, and each beginning costs its own calls of the layers: the starts are chosen
+    so that the sum is least.
+
+    Args:
+        starts: the first column that each row needs.
+        work: how many layers each row goes through.
+        width: number of columns.
+        device: the kind of device.
+    """
+    known, where = np.unique(starts, return_inverse=True)
+    if len(known) < 2:
+        return starts
+    load = np.bincount(where, weights=work)
+    calls = np.zeros(len(known))
+    np.maximum.at(calls, where, work)
+    total = np.concatenate([[0.0], np.cumsum(load)])
+    price = _CALL.get(device, _CALL["cuda"])
+    # best[j]: the least cost of the rows of the first j starts; each group begins at the first of its starts.
+    best, first = np.full(len(known) + 1, np.inf), np.zeros(len(known) + 1, dtype=int)
+    best[0] = 0.0
+    for j in range(1, len(known) + 1):
+        most = np.maximum.accumulate(calls[:j][::-1])[::-1]
+        cost = best[:j] + (total[j] - total[:j]) * (width - known[:j]) + price * most
+        first[j] = int(cost.argmin())
+        best[j] = cost[first[j]]
+    shared = np.empty(len(known), dtype=starts.dtype)
+    j = len(known)
+    while j:
+        shared[first[j] : j] = known[first[j]]
+        j = first[j]
+    return shared[where]
+
+
+def passes(starts: np.ndarray, boundaries: np.ndarray, count: Callable[[int], int]) -> list[tuple[int, np.ndarray]]:
+    """Rows with the same start in the order in which they join, cut into pieces of nearly equal size.
+
+    Args:
+        starts: the column at which each row's pass begins.
+        boundaries: the layer at which each row joins.
+        count: how many rows a pass with a start may have.
+
+    Returns:
+        For each pass its start and its rows.
+    """
+    out: list[tuple[int, np.ndarray]] = []
+    for start in np.unique(starts).tolist():
+        rows = np.flatnonzero(starts == start)
+        rows = rows[np.argsort(boundaries[rows], kind="stable")]
+        pieces = -(-len(rows) // count(start))
+        out += [(start, piece) for piece in np.array_split(rows, pieces)]
+    return out
