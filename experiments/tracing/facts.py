@@ -2,8 +2,9 @@
 
     python -m experiments.tracing.facts [--samples 3]
 
-Capitals, languages and currencies of countries. Facts whose answer SmolLM2 does not say first are left out. The state
-is the stream after a layer, or what the MLPs or attentions of ten layers around it add; every third layer.
+Capitals, languages and currencies of countries, countries of cities. Facts whose answer SmolLM2 does not say first are
+left out. The state is the stream after a layer, or what the MLPs or attentions of ten layers around it add; every third
+layer.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ CURRENCIES = {
     **{"Japan": "yen", "India": "rup", "Russia": "rub", "Mexico": "peso", "Switzerland": "Swiss", "China": "yuan"},
     **{"the United Kingdom": "pound", "the United States": "dollar", "Sweden": "kr", "Canada": "Canadian"},
 }
+COUNTRIES = {
+    **{"Paris": "France", "Berlin": "Germany", "Tokyo": "Japan", "Rome": "Italy", "Madrid": "Spain", "Cairo": "Egypt"},
+    **{"Toronto": "Canada", "Mumbai": "India", "Sydney": "Australia", "Moscow": "Russia", "Beijing": "China"},
+    **{"Athens": "Greece", "Lisbon": "Portugal", "Vienna": "Austria", "Oslo": "Norway", "Dublin": "Ireland"},
+}
 FORMS = (
     ("The capital city of {} is", CAPITALS),
     ("In {} most people speak", LANGUAGES),
     ("The official language of {} is", LANGUAGES),
     ("The currency used in {} is the", CURRENCIES),
+    ("The city of {} is located in the country of", COUNTRIES),
 )
 SITES = {"resid_post": "stream", "mlp_out": "MLPs, window of 10", "attn_out": "attention, window of 10"}
 
