@@ -56,7 +56,8 @@ def attention_redistribution(
     Args:
         lens: a vision-language model whose patterns can be read.
         batch: prompts with images, padded on the left; the edits are for this batch.
-        dimensions: the sink dimensions of the stream; None finds them on this batch.
+        dimensions: the sink dimensions of the stream; None finds them on this batch. Where batches have to agree, find
+            them once with `sink_dimensions` and give them.
         tau: from which phi on a token is a sink; None for 20 sqrt(d_model / 4096).
         rho: share of a head's attention on the image that must not be on sinks, from 0 to 1.
         mass: share of a head's attention that must be on the image, from 0 to 1.
