@@ -307,7 +307,8 @@ class Lens:
         Args:
             batch: from `prepare`.
             reads: strings or `Read`s, e.g. `["resid_post", "pattern@last", "logits"]`.
-            edits: from `interp.edits`, applied in order.
+            edits: from `interp.edits`, applied in order. Those of `generated` positions find none here: the same edits
+                serve a run and a generation.
             gradients: sites at which the gradient of the metric is wanted.
             metric: maps logits [batch, pos, d_vocab] to one number, or one for each sample.
             entry: begin at a layer (and a column) instead of at the input.

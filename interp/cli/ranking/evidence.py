@@ -96,9 +96,11 @@ class Evidence:
         rows: list[dict[str, Any]] = []
         count = self.settings.topic_heads
         if count and self.chunks and self.lens.anatomy.main == scores.tower:
-            for row in scores.top(count, by=leading(method, scores)).to_dict("records"):
-                head = int(row["layer"]), int(row["head"])
-                topic = self._topic(head)
+            top = scores.top(count, by=leading(method, scores)).to_dict("records")
+            heads = [(int(row["layer"]), int(row["head"])) for row in top]
+            self._find(heads)
+            for row, head in zip(top, heads, strict=True):
+                topic = self._topics.get(head)
                 if topic is None:
                     continue
                 found = {"rank": int(row["rank"]), "layer": head[0], "head": head[1], "tokens": list(topic.tokens)}
@@ -115,18 +117,24 @@ class Evidence:
             self.lens, batches, scores, scores.top(SPREAD, leading(method, scores)), seed=self.settings.seed
         )
 
-    def _topic(self, head: tuple[int, int]) -> "HeadTopic | None":
-        if head not in self._topics:
-            batches = [c.batch for c in self.chunks]
-            settings: Any = self.settings
-            options = {"k": settings.topic_tokens, "positions": settings.positions}
-            options |= {"apply_final_norm": settings.apply_final_norm}
-            try:
-                self._topics[head] = topics(self.lens, batches, [head], **options)[0]
-            except InterpError as error:
+    def _find(self, heads: Sequence[tuple[int, int]]) -> None:
+        """Topics of heads that are not known yet, in one pass over the prompts; one by one where a head has none."""
+        new = [head for head in heads if head not in self._topics]
+        if not new:
+            return
+        settings: Any = self.settings
+        options = {"k": settings.topic_tokens, "positions": settings.positions}
+        options |= {"apply_final_norm": settings.apply_final_norm}
+        try:
+            found = topics(self.lens, [c.batch for c in self.chunks], new, **options)
+        except InterpError as error:
+            if len(new) == 1:
                 self.reasons["topics"] = str(error)
-                return None
-        return self._topics[head]
+            else:
+                for head in new:
+                    self._find([head])
+            return
+        self._topics.update(zip(new, found, strict=True))
 
     def _strongest(self, method: str, scores: "HeadScores", topic: "HeadTopic") -> list[int]:
         if scores.per_prompt is None or (method == "patterns" and self.settings.repeated):
