@@ -190,7 +190,7 @@ def vision_reinforcement(
         lens: a vision-language model.
         batch: prompts with images, padded on the left; the edits are for this batch.
         layers: which layers; None for the paper's: the second one and the last 14 of 32.
-        scale: what the heads' outputs are multiplied with; 1 changes nothing (and costs nothing).
+        scale: what the heads' outputs are multiplied with; 1 changes nothing.
         without: how the images are taken away to choose the heads.
         form: how outputs are compared.
         outliers: the paper's rule on outlying heads.
