@@ -18,6 +18,7 @@ FLOORS = [
     {"lens", "without_image"},
     {"testing", "heads", "attribution", "tracing"},
     {"evaluation", "steering"},
+    {"dictionaries"},
     {"report"},
     {"cli"},
 ]
@@ -61,7 +62,7 @@ def test_imports_go_down_only():
 
 def test_methods_do_not_touch_modules_or_hooks():
     for path, parts in modules():
-        if parts[0] in ("heads", "attribution", "tracing", "steering", "evaluation", "report", "cli", "scores"):
+        if parts[0] in ("heads", "attribution", "tracing", "steering", "evaluation", "dictionaries", "report", "cli", "scores"):
             text = path.read_text()
             assert "register_forward" not in text, path
             assert "engine.hooks" not in text, path

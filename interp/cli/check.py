@@ -17,6 +17,9 @@ def check(config: Annotated[Path, typer.Argument(help="A config such as `interp 
     if "task" in found:
         _check_evaluation(config)
         return
+    if _is_trace(found):
+        _check_trace(config)
+        return
     if _is_attribution(found):
         _check_attribution(config)
         return
@@ -44,6 +47,25 @@ def _check_evaluation(config: Path) -> None:
         given_rows(settings, data)
     what = f"{len(data.questions)} questions" if settings.task == "pope" else f"{len(data.objects)} images"
     typer.echo(f"{config}: usable. {settings.model or settings.texts}: {settings.task}; {what}.")
+
+
+def _is_trace(found: dict[str, Any]) -> bool:
+    """Whether a config is for `interp trace`: by its methods, which no other command has."""
+    from interp.cli.tracing.settings import METHODS
+
+    methods = found.get("methods")
+    return isinstance(methods, list) and any(m in METHODS for m in methods)
+
+
+def _check_trace(config: Path) -> None:
+    from interp.cli.named import check_model
+    from interp.cli.tracing.inputs import prompts_of
+    from interp.cli.tracing.settings import TraceSettings, read_config
+
+    settings = TraceSettings.of(read_config(config))
+    check_model(settings.model)
+    prompts = prompts_of(settings)
+    typer.echo(f"{config}: usable. {settings.model}: {', '.join(settings.methods)}; {len(prompts)} prompts.")
 
 
 def _is_attribution(found: dict[str, Any]) -> bool:

@@ -73,7 +73,7 @@ def _check_names(name: str, value: tuple[Any, ...], default: Any, about: Mapping
     if not all(isinstance(v, str) for v in value):
         raise SettingsError(f"{name} is a list of names, found {value!r}.")
     for one in value:
-        if one not in about["choices"]:
+        if about["choices"] and one not in about["choices"]:
             raise unknown(about["one"] or name, one, about["choices"])
     if value != default and (not value or len(set(value)) < len(value)):
         raise SettingsError(f"{name} are one or more names, each once; found {', '.join(value) or 'none'}.")

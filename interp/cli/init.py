@@ -7,15 +7,15 @@ import typer
 
 from interp.errors import FileError, unknown
 
-KINDS = ("heads", "attribute", "chair", "pope")
+KINDS = ("heads", "attribute", "trace", "chair", "pope")
 
 
 def init(
-    kind: Annotated[str, typer.Argument(help="What the config is for: heads, attribute, chair or pope.")] = "heads",
+    kind: Annotated[str, typer.Argument(help=f"What the config is for: {', '.join(KINDS)}.")] = "heads",
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("run.yaml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write a commented config to edit, for `interp heads|attribute|evaluate --config` and `interp check`."""
+    """Write a commented config to edit, for `interp heads|attribute|trace|evaluate --config` and `interp check`."""
     if kind not in KINDS:
         raise unknown("kind of config", kind, KINDS)
     if out.exists() and not overwrite:
@@ -23,9 +23,10 @@ def init(
     from interp.cli.attribution import settings as attribution
     from interp.cli.evaluation import settings as evaluation
     from interp.cli.ranking import settings
+    from interp.cli.tracing import settings as tracing
     from interp.files import write_text
 
-    own = {"heads": settings.template, "attribute": attribution.template}
+    own = {"heads": settings.template, "attribute": attribution.template, "trace": tracing.template}
     write_text(out, own[kind]() if kind in own else evaluation.template(kind))
     command = kind if kind in own else f"evaluate {kind}"
     typer.echo(f"wrote {out}; edit it, then: interp check {out} && interp {command} --config {out} --out runs/{kind}")

@@ -11,8 +11,8 @@ def report(
         str,
         typer.Argument(
             metavar="MODEL|FOLDER",
-            help="A model (packaged, a local folder, a hub id), or a run folder of `interp heads`, `attribute` or "
-            "`evaluate`.",
+            help="A model (packaged, a local folder, a hub id), or a run folder of `interp heads`, `attribute`, "
+            "`trace` or `evaluate`.",
         ),
     ],
     out: Annotated[
@@ -58,7 +58,7 @@ def report(
 def _rebuilt(folder: Path) -> Path:
     from interp.cli.folders import format_of
 
-    makers = {"interp-evaluate-run": _evaluation, "interp-attribute-run": _attribution}
+    makers = {"interp-evaluate-run": _evaluation, "interp-attribute-run": _attribution, "interp-trace-run": _trace}
     return makers.get(str(format_of(folder)), _heads)(folder)
 
 
@@ -88,6 +88,19 @@ def _attribution(folder: Path) -> Path:
         raise FileError(f"{folder} holds no complete method yet; run the same `interp attribute` command again.")
     run.write_table()
     draw(run)
+    return write_page(run)
+
+
+def _trace(folder: Path) -> Path:
+    from interp.cli.tracing.folder import TraceFolder
+    from interp.cli.tracing.page import write_page
+    from interp.errors import FileError
+
+    run = TraceFolder.read(folder)
+    if not run.complete:
+        raise FileError(f"{folder} holds no complete method yet; run the same `interp trace` command again.")
+    run.write_tables()
+    run.write_figures()
     return write_page(run)
 
 

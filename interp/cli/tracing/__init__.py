@@ -1,0 +1,1 @@
+"""`interp trace`, in parts: settings, inputs, cost, run folder, page."""
