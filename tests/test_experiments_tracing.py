@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import interp
-from experiments.tracing import facts, scenes
+from experiments.tracing import facts, scenes, tasks, tracr
 from interp import tracing
 from interp.data import scenes as drawn
+from tests.models_tracr_truth import TRUTH
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "tracing" / "results"
 
@@ -63,3 +65,68 @@ def test_what_the_page_says_of_the_recorded_runs():
     first, second = content["resid_pre"][:2]
     assert first["image, object"]["low"] > 0.5 > first["last"]["high"]
     assert second["last"]["low"] > 0.5 > second["image, object"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("program", "run", "text", "answer"),
+    [
+        ("reverse", tracr.reverse, "c c a b a", "a b a c c"),
+        ("sort", tracr.sort, "2 2 1 4 1", "1 1 2 2 4"),
+    ],
+)
+def test_programs_in_plain_python_compute_what_was_compiled(program, run, text, answer):
+    """Their variables are those that tracr itself put into the stream, recorded in `tests.models_tracr_truth`."""
+    found = run(text.split())
+    assert [set(a) for a in found["answer"]] == [{s} for s in answer.split()]
+    steps = TRUTH[f"tracr-{program}"]["steps"]
+    assert TRUTH[f"tracr-{program}"]["text"] == text
+    filled = {("attn_out" if i % 2 == 0 else "mlp_out", i // 2) for i, step in enumerate(steps) if any(step)}
+    assert filled == set(tracr.SUBLAYERS[program].values())
+    for name, (site, layer) in tracr.SUBLAYERS[program].items():
+        step = steps[2 * layer + (site == "mlp_out")]
+        if name in ("length", "length - index", "source", "key", "target"):
+            said = [float(one.split()[0].rpartition(":")[2]) for one in step[1:]]
+            assert said == pytest.approx(found[name])
+
+
+def test_a_patched_variable_changes_what_depends_on_it():
+    clean, corrupt = "c a b".split(), tracr.reverse("c a b".split(), [1, 1, 1])
+    found = tracr.reverse(clean, put=corrupt, at=("length", 2))
+    assert found["width"] == [3, 3, 3]
+    assert found["length"] == [3, 3, 1]
+    assert found["source"] == [2, 1, -2]
+    assert found["answer"] == [{"b": 1.0}, {"a": 1.0}, {}]
+    assert tracr.mean_of(["a", "b", "b", "b"]) == {"a": 0.25, "b": 0.75}
+
+
+def test_patching_finds_the_compiled_circuit_in_one_pair():
+    lens = interp.load("tracr-sort", device="cpu")
+    one = tracr.swept(lens, "sort", list("42131"), list("41131"), 2, False)
+    assert {c["sublayer"] for c in one["cells"] if abs(c["true"]) > 1e-6} > {("attn_out", 2)}
+    for cell in one["cells"]:
+        assert cell["found"] == pytest.approx(cell["true"], abs=1e-3)
+
+
+def test_tasks_are_pairs_that_differ():
+    lens = interp.load("smollm2-135m", device="cpu")
+    for task in tasks.TASKS:
+        found, share = tasks.items(lens, task, 2)
+        assert 0 < share <= 1
+        clean, corrupt, answers = tasks.batches(lens, found)
+        assert torch.equal(clean.lengths, corrupt.lengths)
+        for item in found:
+            assert item.clean != item.corrupt
+            assert item.answer != item.wrong
+        best = lens.run(clean, "logits@last").logits[:, -1]
+        for i, (good, bad) in enumerate(zip(answers["answers"], answers["wrong"], strict=True)):
+            ids = [lens.processor(text, add_special_tokens=False)["input_ids"][0] for text in (good, bad)]
+            assert best[i, ids[0]] > best[i, ids[1]]
+    item = next(tasks.objects())
+    names = {n for n in tasks.NAMES if n in item.clean}
+    assert item.answer.strip() in names
+    assert not names & {n for n in tasks.NAMES if f" {n}" in item.corrupt}
+
+
+def test_results_are_those_of_the_pages():
+    for name in ("tracr", "ioi", "reuse"):
+        assert json.loads((RESULTS / f"{name}.json").read_text())["page"] == "tracing"

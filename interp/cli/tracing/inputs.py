@@ -166,6 +166,8 @@ def edges_of(
 def _group(name: str, batch: "Batch", prompts: Sequence[Prompt], first: int) -> "Bool[Tensor, 'batch pos']":
     import torch
 
+    if name == "text":  # the last token is a group of its own
+        return batch.span("text") & ~batch.span("last")
     if name in GROUPS[1:]:
         return batch.span(name)
     if not all(name in p.labels for p in prompts):

@@ -106,8 +106,8 @@ class TraceSettings:
     steps: int = setting(5, "gradients on the way from one run to the other (attribution); 0 for one alone", least=0)
     edges: tuple[str, ...] = setting(
         (),
-        "what knockout cuts, as from>to with commas between: all, last, image, text, or a field of the prompts whose "
-        "text stands in them; none for image>text, text>last, image>last",
+        "what knockout cuts, as from>to with commas between: all, last, image, text (without the last token), or a "
+        "field of the prompts whose text stands in them; none for image>text, text>last, image>last",
         kind=tuple,
     )
     min_gap: float = setting(
