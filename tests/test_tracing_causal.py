@@ -21,7 +21,7 @@ def llama():
     return interp.wrap(build("llama"), processor("llama"), name="llama")
 
 
-def loop(lens, text, subject, answer, *, site, layers, window, samples, size, seed, tokens, longest):
+def loop(lens, text, subject, answer, *, site, layers, window, samples, size, seed, tokens, longest, severed=None):
     """The published procedure: for each layer and token whole runs of all noise samples, with plain hooks."""
     model = lens.model
     ids = lens.processor([text], return_tensors="pt")["input_ids"]
@@ -31,7 +31,8 @@ def loop(lens, text, subject, answer, *, site, layers, window, samples, size, se
     draws = size * torch.randn(samples, longest, model.config.hidden_size, generator=generator)
     width, blocks = ids.shape[1], model.model.layers
     mark = torch.nn.functional.pad(mark, (0, len(answer) - 1))
-    part = {"resid_post": lambda b: b, "mlp_out": lambda b: b.mlp, "attn_out": lambda b: b.self_attn}[site]
+    parts = {"resid_post": lambda b: b, "mlp_out": lambda b: b.mlp, "attn_out": lambda b: b.self_attn}
+    part = parts[site]
 
     def first(out):
         return out[0] if isinstance(out, tuple) else out
@@ -53,42 +54,62 @@ def loop(lens, text, subject, answer, *, site, layers, window, samples, size, se
         out[:, mark] += draws[:, : int(mark.sum())]
         return out
 
-    def run(patched, token):
-        def put_back(i):
+    spoilt = {}
+
+    def run(patched, token, held=()):
+        def put_back(i, values=clean):
             def hook(module, args, out):
                 new = first(out).clone()
-                new[:, token] = clean[i][:, token]
+                new[:, token] = values[i][:, token]
                 return (new, *out[1:]) if isinstance(out, tuple) else new
 
             return hook
 
         handles = [model.get_input_embeddings().register_forward_hook(corrupt)]
+        handles += [parts[severed](blocks[i]).register_forward_hook(put_back(i, spoilt)) for i in held]
         handles += [part(blocks[i]).register_forward_hook(put_back(i)) for i in patched]
+        if severed and not spoilt:  # the first pass notes the corrupt outputs
+            handles += [
+                parts[severed](b).register_forward_hook(lambda m, a, o, i=i: spoilt.__setitem__(i, first(o)))
+                for i, b in enumerate(blocks)
+            ]
         with torch.no_grad():
             found = probability(model(whole.expand(samples, -1)).logits).mean()
         [h.remove() for h in handles]
         return found
 
-    values = {}
+    values, low = {}, run([], 0)
     for layer in layers:
         around = range(max(0, layer - window // 2), min(len(blocks), layer - window // 2 + window))
         for token in tokens:
-            values[layer, token] = run(around, token)
-    return probability(logits)[0], run([], 0), values
+            held = range(len(blocks)) if severed else ()
+            values[layer, token] = run(around, token, held)
+    return probability(logits)[0], low, values
 
 
-@pytest.mark.parametrize(("site", "window"), [("resid_post", 1), ("mlp_out", 2), ("attn_out", 1)])
-def test_every_position_is_that_of_the_published_loop(llama, site, window):
-    found = causal_trace(
-        llama, TEXTS, SUBJECTS, site=site, window=window, positions="each", samples=3, sigma=0.5, noise=2.0, seed=4
-    )
+@pytest.mark.parametrize(
+    ("site", "window", "severed"),
+    [
+        ("resid_post", 1, None),
+        ("mlp_out", 2, None),
+        ("attn_out", 1, None),
+        ("resid_post", 1, "mlp_out"),
+        ("resid_post", 1, "attn_out"),
+        ("attn_out", 2, "mlp_out"),
+        ("mlp_out", 2, "attn_out"),
+        ("mlp_out", 1, "mlp_out"),
+    ],
+)
+def test_every_position_is_that_of_the_published_loop(llama, site, window, severed):
+    options = {"site": site, "window": window, "severed": severed}
+    found = causal_trace(llama, TEXTS, SUBJECTS, positions="each", samples=3, sigma=0.5, noise=2.0, seed=4, **options)
     longest = max(int(llama.prepare([t]).find(s).sum()) for t, s in zip(TEXTS, SUBJECTS, strict=True))
     answers = [int(llama.run(llama.prepare([t]), "logits@last").logits[0, -1].argmax()) for t in TEXTS]
     assert found.settings["kept"] == [0, 1, 2]
     for n, (text, subject, answer) in enumerate(zip(TEXTS, SUBJECTS, answers, strict=True)):
         batch = llama.prepare([text])
         tokens = range(int(batch.find(subject)[0].int().argmax()), batch.mask.shape[1])
-        options = {"site": site, "layers": range(3), "window": window, "samples": 3, "size": 1.0, "seed": 4}
+        options |= {"layers": range(3), "samples": 3, "size": 1.0, "seed": 4}
         clean, corrupt, values = loop(llama, text, subject, [answer], tokens=tokens, longest=longest, **options)
         assert float(found.clean[n]) == pytest.approx(float(clean), abs=1e-5)
         assert float(found.corrupt[n]) == pytest.approx(float(corrupt), abs=1e-5)

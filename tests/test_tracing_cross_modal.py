@@ -119,6 +119,40 @@ def test_corruptions(lens, asked):
     assert found.settings["tokens"]["last"] == 1.0
 
 
+def test_noise_on_the_embeddings(lens, asked):
+    """The image tokens' first streams, spoilt by hand; a prompt alone gets the same noise."""
+    stream = lens.run(asked.clean, "resid_pre.0")["resid_pre", 0]
+    image = asked.clean.span("image")
+    generator, spoilt = torch.Generator().manual_seed(7), stream.clone()
+    drawn = torch.stack([torch.randn(stream.shape[2], generator=generator) for _ in range(int(image[0].sum()))])
+    for i in range(len(stream)):
+        spoilt[i, image[i]] += 0.5 * stream[i, image[i]].std(correction=0) * drawn
+    options = {"noise": 0.5, "seed": 7, "components": ["attn_out", "resid_post"], "layers": [1, 5]}
+    found = cross_modal_trace(lens, asked.clean, "embedding_noise", **options, **asked.options)
+    assert (found.settings["corruption"], found.settings["noise"]) == ("embedding_noise", 0.5)
+    assert found.settings["way"] == "carried"
+    ids = [lens.processor.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("yes", "no")]
+    groups = token_groups(lens, asked.clean, asked.objects, asked.names)
+    entering = edits.splice(lambda x: spoilt, site="resid_pre", layers=0)
+    logits = lens.run(asked.clean, ["logits@last"], entering).logits[:, -1]
+    assert torch.allclose(found.corrupt, logits[:, ids[0]] - logits[:, ids[1]], atol=1e-4)
+    for (site, layer, _, group), values in zip(found.cells.tolist(), found.values, strict=True):
+        name, mask = found.sites[site], groups[found.groups[group]]
+        clean = lens.run(asked.clean, [f"{name}.{layer}"])[name, layer]
+        patch = edits.splice(
+            lambda x, clean=clean, mask=mask: torch.where(mask[..., None], clean, x), site=name, layers=layer
+        )
+        logits = lens.run(asked.clean, ["logits@last"], [entering, patch]).logits[:, -1]
+        there = mask.any(1)
+        wanted = logits[:, ids[0]] - logits[:, ids[1]]
+        assert torch.allclose(values[there], wanted[there], atol=1e-4), found.groups[group]
+    alone = Asked(lens, 1)
+    single = cross_modal_trace(lens, alone.clean, "embedding_noise", **options, **alone.options)
+    assert torch.allclose(single.corrupt, found.corrupt[:1], atol=1e-4)
+    with pytest.raises(SettingsError, match="noise is a finite number"):
+        cross_modal_trace(lens, asked.clean, "embedding_noise", noise=0.0, **asked.options)
+
+
 def test_bad_input(lens, asked):
     options = asked.options
     with pytest.raises(InputError, match="prompt 0"):

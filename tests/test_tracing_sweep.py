@@ -31,11 +31,16 @@ def pair(llama):
     return [llama.prepare(input_ids=ids, padding_side="left") for ids in (IDS, OTHER)]
 
 
-def naive(lens, source, base, site, layers, mask, head=-1):
-    """All logits of the base run in which one cell is set to the source run's values; `mask` is [batch, pos]."""
+def naive(lens, source, base, site, layers, mask, head=-1, held=()):
+    """All logits of the base run in which one cell is set to the source run's values; `mask` is [batch, pos]. What is
+    `held` (site and layer) is set to the base run's values there."""
     tower, _, name = site.rpartition(":")
     by_query = name in ("pattern", "scores")
     changes = []
+    for kind, layer in held:
+        value = lens.run(base, f"{kind}.{layer}")[kind, layer]
+        keep = mask[..., None]
+        changes.append(edits.splice(lambda old, v=value, m=keep: torch.where(m, v, old), site=kind, layers=layer))
     for layer in layers:
         read = interp.Read(name, layers=(layer,), tower=tower or None)
         value = lens.run(source, read)[read, layer]
@@ -213,6 +218,40 @@ def test_every_site_equals_the_loop(name, window):
         layers = [j for j in layers if layer - window // 2 <= j < layer + (window + 1) // 2]
         logits = naive(lens, source, base, sites[number], layers, column(base, int(found.groups[group])), head)[:, -1]
         torch.testing.assert_close(found.values[i], logits[:, 11] - logits[:, 13], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gptj", "jamba"])
+def test_severed_sweeps_equal_the_loop(name, window):
+    """One kind of module is held at the patched positions of all layers, but where it is patched itself."""
+    given = inputs(name)
+    lens = interp.wrap(build(name), sample=given)
+    other = given["input_ids"].clone()
+    other[:, 3:6] = (other[:, 3:6] + 3) % 50 + 5
+    clean, corrupt = lens.prepare(**given), lens.prepare(**{**given, "input_ids": other})
+    answers = {"answers": [11] * len(clean), "wrong": [13] * len(clean)}
+    inside = {"attn_out": ("q", "k", "v", "z", "pattern", "attn_out"), "mlp_out": ("mlp_out",)}
+    sites = able(lens, [*SITES[:5], "z", "k", "pattern"])
+    for severed in inside:
+        options = {"positions": [3, 5], "window": window, "severed": severed}
+        found = patch_sweep(lens, clean, corrupt, sites=sites, **options, **answers)
+        whole = patch_sweep(lens, clean, corrupt, sites=sites, **{**options, "severed": None}, **answers)
+        assert not torch.allclose(found.values, whole.values, atol=1e-4)
+        assert found.settings["severed"] == severed
+        for i in range(0, len(found.cells), 4):
+            number, layer, head, group = found.cells[i].tolist()
+            layers = lens.layers_with(sites[number])
+            layers = [j for j in layers if layer - window // 2 <= j < layer + (window + 1) // 2]
+            held = [
+                (severed, j)
+                for j in lens.layers_with(severed)
+                if sites[number] not in inside[severed] or j not in layers
+            ]
+            mask = column(corrupt, int(found.groups[group]))
+            logits = naive(lens, clean, corrupt, sites[number], layers, mask, head, held)[:, -1]
+            torch.testing.assert_close(found.values[i], logits[:, 11] - logits[:, 13], atol=2e-5, rtol=1e-4)
+    with pytest.raises(SettingsError, match="adds to the stream"):
+        patch_sweep(lens, clean, corrupt, sites=sites, severed="resid_pre", **answers)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "paligemma", "gemma3_vl", "qwen3_vl"])
@@ -454,7 +493,7 @@ def test_noise_on_the_embeddings(llama):
         again = edits.patch("resid_post", value, layer=layer, positions=group)
         last = llama.run(batch, "logits@last", [change, again]).logits[:, 0]
         torch.testing.assert_close(found.values[i], last[:, 5] - last[:, 6], atol=1e-5, rtol=1e-4)
-    with pytest.raises(SettingsError, match="corrupt_edits change 'embed' only"):
+    with pytest.raises(SettingsError, match="corrupt_edits change 'embed' or 'resid_pre' of layer 0"):
         patch_sweep(llama, batch, batch, corrupt_edits=edits.ablate(layers=1), answers=[5, 5])
 
 

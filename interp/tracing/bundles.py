@@ -8,7 +8,7 @@ the layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from interp.reads import Read
 from interp.tracing.base_run import BaseRun
-from interp.tracing.grid import Cell, Place
+from interp.tracing.grid import EVERY, Cell, Place
 from interp.tracing.pair import Pair
 from interp.tracing.patching import Patch
 from interp.tracing.planning import Limits, row_bytes
@@ -105,7 +105,12 @@ def read_sources(base: BaseRun, bundles: Sequence[Bundle], more: Sequence[Read] 
 
 
 def make_streams(
-    base: BaseRun, bundles: Sequence[Bundle], sources: Sources, unlike: Bool[Tensor, "batch pos"], limits: Limits
+    base: BaseRun,
+    bundles: Sequence[Bundle],
+    sources: Sources,
+    unlike: Bool[Tensor, "batch pos"],
+    limits: Limits,
+    held: Mapping[int, Tensor],
 ) -> None:
     """Give bundles their streams, and say where their rows may differ from the base run."""
     by_layer: dict[int, list[Bundle]] = {}
@@ -124,7 +129,7 @@ def make_streams(
             samples = torch.arange(len(base.pair.base), device=base.finals.device).repeat(len(piece))
             if len(piece) not in rows:
                 rows[len(piece)] = base.stepper.rows(samples, base.first)
-            changes = [p.edit() for p in _everywhere(base, layer, piece, samples, sources)]
+            changes = [p.edit() for p in _everywhere(base, layer, piece, samples, sources, held)]
             out = rows[len(piece)].step(layer, base.streams[layer][samples], changes)
             for bundle, stream in zip(piece, out.split(len(base.pair.base)), strict=True):
                 bundle.stream = stream
@@ -134,16 +139,30 @@ def make_streams(
             bundle.differs = unlike & (bundle.stream != base.streams[bundle.boundary]).any(-1)
 
 
-def _everywhere(base: BaseRun, layer: int, bundles: Sequence[Bundle], samples: Tensor, sources: Sources) -> list[Patch]:
-    """Each bundle's site, patched at all columns in its own copy of the batch."""
-    size, device = len(base.pair.base), base.finals.device
+def _everywhere(
+    base: BaseRun,
+    layer: int,
+    bundles: Sequence[Bundle],
+    samples: Tensor,
+    sources: Sources,
+    held: Mapping[int, Tensor],
+) -> list[Patch]:
+    """Each bundle's site, patched (and what is held beside it) at all columns in its own copy of the batch."""
+    size, device, pair = len(base.pair.base), base.finals.device, base.pair
     copies = torch.arange(len(bundles), device=device).repeat_interleave(size)
     heads = torch.tensor([b.head for b in bundles], device=device)
     number = torch.tensor([b.place for b in bundles], device=device)[copies]
+
+    def patch(where: Place, rows: Tensor, head: Tensor, source: Tensor) -> Patch:
+        mask = torch.ones(len(rows), base.width, dtype=torch.bool, device=device)
+        return Patch(where, layer, rows, samples[rows], head, mask, source)
+
     out = []
+    severed = torch.tensor([pair.severs(b.place, b.layers, layer) for b in bundles], device=device)[copies]
+    if pair.severed is not None and bool(severed.any()):
+        rows = severed.nonzero()[:, 0]
+        out.append(patch(pair.severed, rows, torch.full_like(rows, EVERY), held[layer]))
     for place in number.unique().tolist():
         rows = (number == place).nonzero()[:, 0]
-        mask = torch.ones(len(rows), base.width, dtype=torch.bool, device=device)
-        where = base.pair.places[place]
-        out.append(Patch(where, layer, rows, samples[rows], heads[copies[rows]], mask, sources[place, layer]))
+        out.append(patch(pair.places[place], rows, heads[copies[rows]], sources[place, layer]))
     return out

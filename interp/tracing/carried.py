@@ -21,6 +21,7 @@ from interp.errors import UnsupportedError
 from interp.tracing.base_run import BaseRun
 from interp.tracing.bundles import Bundle, Sources, blocks_of, bundles_of, make_streams, read_sources
 from interp.tracing.checkpoint import Checkpoint
+from interp.tracing.grid import EVERY
 from interp.tracing.metrics import against
 from interp.tracing.pair import Found, Pair
 from interp.tracing.patching import Patch
@@ -55,6 +56,16 @@ class Carried:
         self.pair, self.limits = pair, limits
         self.base = BaseRun(pair)
         self.measure = pair.measure
+        self.held: dict[int, Tensor] = {}
+
+    def _held(self) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+        """What is held beside patches, by layer, from the first column that any cell changes on."""
+        pair = self.pair
+        if pair.severed is None:
+            return {}
+        read = pair.severed.read(pair.severable, self.base.where)
+        run = pair.lens.run(pair.base, read, pair.base_edits, to=self.base.finals.device)
+        return {i: run.values[read, i] for i in pair.severable}
 
     def sweep(self, checkpoint: Checkpoint, bar: Bar) -> Found:
         """All cells."""
@@ -66,15 +77,16 @@ class Carried:
         if self.measure.relative:
             self.measure = against(self.measure, pair.lens.unembed(finals))
         unlike = base.unlike(first)
+        self.held = self._held()
         every, none = torch.arange(size, device=finals.device), np.zeros(size, dtype=int)
-        plain, reached = self.plain(), self._value(finals, every, none).cpu()
+        plain, reached = self.plain(), self.value(finals, every, none).cpu()
         checkpoint.runs(plain, reached)
         values = plain[None].repeat(len(pair.cells), 1)
         computed = 0
         for number, bundles in enumerate(blocks):
             if number:
                 sources, _ = read_sources(base, bundles)
-            make_streams(base, bundles, sources, unlike, self.limits)
+            make_streams(base, bundles, sources, unlike, self.limits, self.held)
             computed += self.block(f"{number:03d}", bundles, sources, values, checkpoint, bar)
             for bundle in bundles:
                 bundle.stream = bundle.differs = None
@@ -86,7 +98,7 @@ class Carried:
         """The metric of the base run."""
         size = len(self.base.finals)
         every = torch.arange(size, device=self.base.finals.device)
-        return self._value(self.base.finals, every, np.zeros(size, dtype=int)).cpu()
+        return self.value(self.base.finals, every, np.zeros(size, dtype=int)).cpu()
 
     def block(
         self, name: str, bundles: Sequence[Bundle], sources: Sources, values: Tensor, checkpoint: Checkpoint, bar: Bar
@@ -106,7 +118,7 @@ class Carried:
             cells, samples = self._index(some.cell).cpu(), self._index(some.sample)
             found = checkpoint.get(part, cells, samples.cpu())
             if found is None:
-                found = self._value(self._pass(bundles, some, start, sources), samples, some.cell).cpu()
+                found = self.value(self._pass(bundles, some, start, sources), samples, some.cell).cpu()
                 checkpoint.put(part, cells, samples.cpu(), found)
             values[cells, samples.cpu()] = found
             bar.advance(len(chosen))
@@ -192,12 +204,21 @@ class Carried:
     def _on_the_way(
         self, bundles: Sequence[Bundle], rows: Rows, count: int, layer: int, sources: Sources
     ) -> list[Patch]:
-        """What is patched inside a layer in the first rows, by place."""
+        """What is patched (or held) inside a layer in the first rows, by place."""
         places: dict[int, list[int]] = {}
+        severed: list[int] = []
         for number in np.unique(rows.bundle[:count]).tolist():
-            if layer in bundles[number].later:
-                places.setdefault(bundles[number].place, []).append(number)
+            bundle = bundles[number]
+            if layer in bundle.later:
+                places.setdefault(bundle.place, []).append(number)
+            if self.pair.severs(bundle.place, bundle.layers, layer):
+                severed.append(number)
         out = []
+        if severed and self.pair.severed is not None:
+            at = self._index(np.flatnonzero(np.isin(rows.bundle[:count], severed)))
+            sample, group = self._index(rows.sample)[at], self._index(rows.group)[at]
+            every, masks = torch.full_like(at, EVERY), self.pair.masks[group, sample]
+            out.append(Patch(self.pair.severed, layer, at, sample, every, masks, self.held[layer]))
         for number, some in places.items():
             at = np.flatnonzero(np.isin(rows.bundle[:count], some))
             place, source = self.pair.places[number], sources[number, layer]
@@ -219,7 +240,7 @@ class Carried:
         except UnsupportedError:
             return self.pair.lens.unembed(finals)[..., ids]
 
-    def _value(
+    def value(
         self, finals: Float[Tensor, "row n d_model"], samples: Int[Tensor, " row"], cells: Int[np.ndarray, " row"]
     ) -> Float[Tensor, " row"]:
         """The metric of rows, from their last streams."""

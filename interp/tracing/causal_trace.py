@@ -13,7 +13,10 @@ of a `CausalMap` is its share of what the noise took, (p - p corrupt) / (p clean
 As in the code: noise on the token embeddings alone, the same for every state (and here for every prompt), ten samples
 of three sigmas, windows of ten layers for attention and MLPs, and prompts whose answer is not what the model says first
 are left out. Departures: subjects are found by their characters, and answers may have several tokens (their joint
-probability). The severed variant is not there.
+probability).
+
+Severed traces (`severed`) hold one kind of module at its corrupt values in every layer, at the token of the state; the
+modules of other tokens are computed, as in the code.
 
 What it does not see: Gaussian noise takes the model where it has never been (compare with another subject in its place,
 `patch_sweep`); windows inflate peaks; that a state suffices does not say that the fact is stored in it.
@@ -79,6 +82,7 @@ def causal_trace(
     samples: int = 10,
     sigma: float | None = None,
     occurrence: int = 0,
+    severed: Literal["attn_out", "mlp_out"] | None = None,
     min_gap: float = 0.1,
     seed: int = 1,
     memory: int | None = None,
@@ -102,6 +106,8 @@ def causal_trace(
         samples: how many noise samples.
         sigma: standard deviation of the embeddings; None for that of all numbers in the subjects' embeddings.
         occurrence: which occurrence of the subject in its text; -1 for the last.
+        severed: put the state back, and hold what attention or the MLP adds to that token in other layers at its value
+            in the corrupt run (see `patch_sweep`): what the state brings back without these modules.
         min_gap: see `CausalMap`.
         seed: seed of the noise.
         memory: bytes that a pass may take.
@@ -117,11 +123,13 @@ def causal_trace(
         InputError: lists of other lengths, a subject that its text does not hold, an answer without tokens, or no
             prompt whose answer the model gives.
         SettingsError: a number outside its range.
-        UnknownNameError: another value for positions, or a site or layer that does not exist.
+        UnknownNameError: another value for positions or severed, or a site or layer that does not exist.
         UnsupportedError: the model has no tokenizer or no logits.
     """
     if positions not in ("roles", "each"):
         raise unknown("way to show positions", positions, ("roles", "each"))
+    if severed not in (None, "attn_out", "mlp_out"):
+        raise unknown("module to sever", severed, ("attn_out", "mlp_out"))
     if samples < 1 or not 0 < noise < math.inf or not (sigma is None or 0 < sigma < math.inf):
         raise SettingsError(f"noise and sigma are above 0, samples at least 1; got {noise}, {sigma}, {samples}.")
     facts = _known(lens, texts, subjects, answers)
@@ -131,6 +139,7 @@ def causal_trace(
     width = lens.anatomy.towers[lens.anatomy.main].d_model
     draws = noise * size * torch.randn(samples, max(int(m.sum()) for m in marks), width, generator=random)
     options: dict[str, Any] = {"sites": site, "layers": layers, "heads": "all", "memory": memory, "progress": progress}
+    options["severed"] = severed
     options["window"] = WINDOWS.get(site, 1) if window is None else window
     parts = []
     for start, stop in _chunks(facts):

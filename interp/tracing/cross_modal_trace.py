@@ -19,14 +19,15 @@ Groups of tokens. The paper names seven; with those that it leaves out they are 
     text, late        text behind it, without the last token
     last              the last token, where the answer is read
 
-Departures. The size of the paper's noise is not known (`noise` counts in standard deviations of the pixels that the
-model gets); `corrupt` takes any other pictures, and the counterfactual without the object is the cleaner question:
-noise takes the model where it has never been. The rate is given as the ratio of the means and as the mean of ratios,
-without prompts in which the corruption does next to nothing (`CausalMap.left_out`); `settings["tokens"]` has the mean
-size of each group, for a rate per token.
+Departures. The size of the paper's noise is not known, nor whether it was added to pixels or to embeddings (`noise` and
+`embedding_noise` count in standard deviations of either); `corrupt` takes any other pictures, and the counterfactual
+without the object is the cleaner question: noise takes the model where it has never been. The rate is given as the
+ratio of the means and as the mean of ratios, without prompts in which the corruption does next to nothing
+(`CausalMap.left_out`); `settings["tokens"]` has the mean size of each group, for a rate per token.
 
 What it does not see: a group of many tokens brings back more than a group of one; a probability saturates, which a
-logit difference (`wrong`) does not.
+logit difference (`wrong`) does not; noise on embeddings leaves alone what a model writes into the image tokens of later
+layers (DeepStack).
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from interp.batch import Batch
+from interp.edits import Edit, Where
 from interp.errors import InputError, SettingsError, UnsupportedError, unknown
 from interp.heads.common import Answers
 from interp.heads.visual_concentration import mask_shares
 from interp.lens import Lens
+from interp.reads import Read
 from interp.tracing.causal_map import CausalMap
 from interp.tracing.grid_run import Direction
 from interp.tracing.metrics import Metric
@@ -61,7 +64,7 @@ TEXT = ("text, early", "text, object", "text, late")
 def cross_modal_trace(
     lens: Lens,
     clean: Batch,
-    corrupt: Batch | Corruption = "noise",
+    corrupt: Batch | Corruption | Literal["embedding_noise"] = "noise",
     *,
     objects: Sequence[Any],
     names: Sequence[str],
@@ -85,7 +88,8 @@ def cross_modal_trace(
         clean: prompts that ask for an object, each with one picture, made by `lens.prepare(texts, images)`.
         corrupt: the same prompts with other pictures (such as the scene without the object), or what to do to the
             pixels: `noise` adds normal noise, `mean` takes the picture's own mean colour, `swap` the next prompt's
-            picture.
+            picture; `embedding_noise` adds normal noise to the streams of the image tokens where they enter the first
+            layer, the same for every prompt.
         objects: for each prompt the pixels of the object: bools [height, width] of the picture that was given.
         names: for each prompt the object's name as it stands in the text.
         answers: the right answer of each prompt, one token.
@@ -94,7 +98,8 @@ def cross_modal_trace(
         layers: which; None for all.
         metric: as for `patch_sweep`; None takes the logit difference with `wrong`, else the probability.
         direction: `denoise` as in the paper, or `noise`.
-        noise: standard deviation of the noise, in those of the pixels that the model gets.
+        noise: standard deviation of the noise, in those of the pixels that the model gets, or of the numbers in a
+            prompt's own image streams.
         min_gap: see `CausalMap`.
         seed: of the noise.
         memory: bytes that a pass may take.
@@ -111,7 +116,11 @@ def cross_modal_trace(
         UnsupportedError: the images do not stand in the text, or the pixels cannot be changed.
     """
     masks = token_groups(lens, clean, objects, names)
-    made = corrupt if isinstance(corrupt, Batch) else corrupted(lens, clean, corrupt, noise=noise, seed=seed)
+    spoilt: list[Edit] = []
+    if corrupt == "embedding_noise":
+        made, spoilt = clean, [embedding_noise(noise=noise, seed=seed)]
+    else:
+        made = corrupt if isinstance(corrupt, Batch) else corrupted(lens, clean, corrupt, noise=noise, seed=seed)
     groups = {name: mask for name, mask in masks.items() if bool(mask.any())}
     if metric is None:
         metric = "probability" if wrong is None else "logit_difference"
@@ -126,6 +135,7 @@ def cross_modal_trace(
         answers=answers,
         wrong=wrong,
         direction=direction,
+        corrupt_edits=spoilt,
         min_gap=min_gap,
         memory=memory,
         checkpoint=checkpoint,
@@ -133,7 +143,7 @@ def cross_modal_trace(
     )
     sizes = {name: float(mask.sum(1).float().mean()) for name, mask in groups.items()}
     how = {"corruption": corrupt if isinstance(corrupt, str) else "given"}
-    how |= {"noise": noise, "seed": seed} if corrupt == "noise" else {}
+    how |= {"noise": noise, "seed": seed} if corrupt in ("noise", "embedding_noise") else {}
     return replace(found, settings={**found.settings, "method": "cross_modal_trace", "tokens": sizes, **how})
 
 
@@ -213,15 +223,15 @@ def corrupted(lens: Lens, batch: Batch, how: Corruption, *, noise: float = 1.0, 
         UnsupportedError: the pixels cannot be told apart by prompt.
     """
     if how not in get_args(Corruption):
-        raise unknown("corruption", how, get_args(Corruption))
+        known = (*get_args(Corruption), "embedding_noise (of cross_modal_trace)")
+        raise unknown("corruption", how, known)
     if how == "mean":
         return without_image(lens, batch, "mean").batch
     pixels = batch.inputs.get("pixel_values")
     if not isinstance(pixels, Tensor):
         raise UnsupportedError(f"{lens.name}: this batch holds no pixels that could be spoilt.")
     if how == "noise":
-        if not 0 < noise < math.inf:
-            raise SettingsError(f"noise is a finite number above 0, got {noise}.")
+        _check(noise)
         drawn = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
         new = pixels + noise * pixels.float().std() * drawn.to(pixels)
     else:
@@ -233,3 +243,35 @@ def corrupted(lens: Lens, batch: Batch, how: Corruption, *, noise: float = 1.0, 
             )
         new = pixels.roll(-1, 0)
     return replace(batch, inputs={**batch.inputs, "pixel_values": new.to(pixels)})
+
+
+def embedding_noise(*, noise: float = 1.0, seed: int = 0) -> Edit:
+    """Normal noise on the streams of image tokens where they enter the first layer; an edit for `patch_sweep`.
+
+    Args:
+        noise: its standard deviation, in that of the numbers in a prompt's own image streams.
+        seed: of the noise, which is the same for every prompt: token by token, in their order.
+
+    Raises:
+        SettingsError: the noise is not above 0.
+    """
+    _check(noise)
+
+    def change(value: Tensor, where: Where) -> Tensor:
+        count, width = value.shape[1:]
+        random = torch.Generator().manual_seed(seed)
+        # Token by token, so that a token's noise does not depend on how many there are.
+        drawn = torch.stack([torch.randn(width, generator=random) for _ in range(count)])
+        real = where.valid[..., None].to(value.device)
+        size = torch.stack(
+            [row[chosen].float().std(correction=0) for row, chosen in zip(value, where.valid, strict=True)]
+        )
+        added = noise * size[:, None, None] * drawn.to(value.device, torch.float32)
+        return torch.where(real, value + added.to(value), value)
+
+    return Edit(Read("resid_pre", layers=(0,), positions="image"), change, "embedding_noise")
+
+
+def _check(noise: float) -> None:
+    if not 0 < noise < math.inf:
+        raise SettingsError(f"noise is a finite number above 0, got {noise}.")

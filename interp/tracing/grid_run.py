@@ -12,14 +12,14 @@ from torch import Tensor
 
 from interp.batch import Batch
 from interp.edits import Edit
-from interp.errors import InputError, unknown
+from interp.errors import InputError, SettingsError, unknown
 from interp.heads.common import Answers, settings_of, token_ids
 from interp.lens import Lens
 from interp.reads import Positions
 from interp.tracing.causal_map import CausalMap
 from interp.tracing.grid import Cell, Group, Groups, Heads, Place, cells_of, groups_of, places_of
 from interp.tracing.metrics import UNITS, Metric, build, metric_name
-from interp.tracing.pair import Found, Pair
+from interp.tracing.pair import INSIDE, Found, Pair
 from interp.tracing.prompts import Edits, batches_of, check_differ, embedding_edits, tokens_of
 
 Direction = Literal["denoise", "noise"]
@@ -42,6 +42,7 @@ class GridRun:
         wrong: wrong ones, or None.
         at: where a function or the divergence gets its logits.
         direction: `denoise` or `noise`.
+        severed: what is held at its value in the base run beside what is patched, or None.
     """
 
     lens: Lens
@@ -56,6 +57,7 @@ class GridRun:
     wrong: Int[Tensor, " prompt"] | None
     at: Positions
     direction: Direction
+    severed: Place | None = None
 
     @staticmethod
     def of(
@@ -75,6 +77,7 @@ class GridRun:
         direction: Direction,
         clean_edits: Edits = (),
         corrupt_edits: Edits = (),
+        severed: str | None = None,
     ) -> GridRun:
         """The arguments, checked; see `patch_sweep`."""
         if direction not in ("denoise", "noise"):
@@ -89,7 +92,8 @@ class GridRun:
         bad = None if wrong is None else token_ids(lens, wrong, total, "wrong")
         groups = groups_of(positions, [one for one, _ in both])
         cells = cells_of(lens, places, groups, layers, heads, window)
-        return GridRun(lens, both, edits, places, groups, cells, metric, name, good, bad, at, direction)
+        held = None if severed is None else _severed(lens, severed)
+        return GridRun(lens, both, edits, places, groups, cells, metric, name, good, bad, at, direction, held)
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -108,9 +112,8 @@ class GridRun:
             measure = build(self.lens, self.metric, clean, answers=good, wrong=bad, at=self.at)
             runs = [(clean, self.edits[0]), (corrupt, self.edits[1])]
             (source, source_edits), (base, base_edits) = runs if self.direction == "denoise" else reversed(runs)
-            pair = Pair(
-                self.lens, source, base, source_edits, base_edits, self.places, self.groups, self.cells, measure
-            )
+            grid = (self.places, self.groups, self.cells, measure, self.severed)
+            pair = Pair(self.lens, source, base, source_edits, base_edits, *grid)
             for group, there in zip(self.groups, pair.exists, strict=True):
                 if not group.single and not bool(there.any()):
                     raise InputError(f"group {group.name!r} holds no position of any prompt.")
@@ -151,3 +154,15 @@ class GridRun:
             min_gap=float(min_gap),
             settings=settings,
         )
+
+
+def _severed(lens: Lens, site: str) -> Place:
+    """What is held beside patches.
+
+    Raises:
+        SettingsError: it is not what a module adds to the stream.
+    """
+    (place,) = places_of(lens, site)
+    if place.site not in INSIDE:
+        raise SettingsError(f"severed is what a module adds to the stream ({', '.join(INSIDE)}), not {site!r}.")
+    return place

@@ -18,6 +18,13 @@ from interp.reads import Read
 from interp.tracing.grid import Cell, Group, Place, marked
 from interp.tracing.metrics import Measure
 
+INSIDE = {
+    "attn_out": ("q", "k", "v", "scores", "pattern", "z", "attn_out"),
+    "mlp_out": ("mlp_act", "mlp_out"),
+    "mixer_out": ("mixer_out",),
+}
+"""What a module adds to the stream, and the sites that act through it alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -33,6 +40,7 @@ class Pair:
         groups: the groups of positions.
         cells: the cells.
         measure: the metric.
+        severed: what is held at its value in the base run beside what is patched, or None.
     """
 
     lens: Lens
@@ -44,6 +52,7 @@ class Pair:
     groups: Sequence[Group]
     cells: Sequence[Cell]
     measure: Measure
+    severed: Place | None = None
 
     @cached_property
     def layers(self) -> tuple:
@@ -54,6 +63,20 @@ class Pair:
     def depth(self) -> int:
         """Number of layers."""
         return len(self.layers)
+
+    @cached_property
+    def severable(self) -> tuple[int, ...]:
+        """The layers in which something is held."""
+        if self.severed is None:
+            return ()
+        return tuple(self.lens.layers_with(self.severed.site, tower=self.severed.tower))
+
+    def severs(self, place: int, layers: Sequence[int], layer: int) -> bool:
+        """Whether a layer is held where some layers of a place are patched: from the first on, but for the patches."""
+        if self.severed is None or layer not in self.severable or layer < layers[0]:
+            return False
+        own, kind = self.places[place], INSIDE[self.severed.site]
+        return layer not in layers or own.site not in kind or own.tower != self.severed.tower
 
     @property
     def measured(self) -> Read:

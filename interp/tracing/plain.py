@@ -11,7 +11,7 @@ from torch import Tensor
 from interp.edits import Edit
 from interp.reads import Read
 from interp.tracing.checkpoint import Checkpoint
-from interp.tracing.grid import Cell
+from interp.tracing.grid import EVERY, Cell
 from interp.tracing.metrics import against, columns_of
 from interp.tracing.pair import Found, Pair
 from interp.tracing.patching import Patch
@@ -34,7 +34,9 @@ def sweep(pair: Pair, limits: Limits, reason: str, checkpoint: Checkpoint, bar: 
     if measure.relative:
         measure = against(measure, logits)
     source = value(logits, every)
-    base = value(lens.run(pair.base, [output], pair.base_edits).logits, every)
+    severed = [] if pair.severed is None else [pair.severed.read(pair.severable)]
+    plain = lens.run(pair.base, [output, *severed], pair.base_edits)
+    base, held = value(plain.logits, every), {i: plain.values[read, i] for read in severed for i in pair.severable}
     checkpoint.runs(base, source)
     values = base[None].repeat(len(pair.cells), 1)
     copies = 1
@@ -57,7 +59,8 @@ def sweep(pair: Pair, limits: Limits, reason: str, checkpoint: Checkpoint, bar: 
             if found is None:
                 kept = kept or _sources(pair, [pair.cells[i] for i in numbers])
                 wide = pair.base.repeat(len(some)) if len(some) > 1 else pair.base
-                edits = [*pair.base_edits, *_edits(pair, [pair.cells[i] for i in some], kept)]
+                chosen = [pair.cells[i] for i in some]
+                edits = [*pair.base_edits, *_holding(pair, chosen, held), *_edits(pair, chosen, kept)]
                 logits = lens.run(wide, [output], edits).logits
                 found = value(logits, every.repeat(len(some)))
                 checkpoint.put(name, cells, samples, found)
@@ -91,4 +94,19 @@ def _edits(pair: Pair, cells: Sequence[Cell], sources: dict[tuple[int, int], Ten
         heads = torch.tensor([cells[j].head for j in some], device=device).repeat_interleave(size)
         mask = torch.cat([masks[cells[j].group] for j in some])
         out.append(Patch(place, layer, rows, samples, heads, mask, source).edit())
+    return out
+
+
+def _holding(pair: Pair, cells: Sequence[Cell], held: dict[int, Float[Tensor, "batch pos d_model"]]) -> list[Edit]:
+    """What is held beside the cells' patches, each in its own copy of the batch."""
+    size, device = len(pair.base), pair.base.mask.device
+    out = []
+    for layer, source in held.items():
+        some = [j for j, c in enumerate(cells) if pair.severs(c.place, c.layers, layer)]
+        if not some or pair.severed is None:
+            continue
+        rows = torch.cat([torch.arange(j * size, (j + 1) * size) for j in some]).to(device)
+        samples = torch.arange(size, device=device).repeat(len(some))
+        mask = torch.cat([pair.masks[cells[j].group] for j in some])
+        out.append(Patch(pair.severed, layer, rows, samples, torch.full_like(rows, EVERY), mask, source).edit())
     return out

@@ -79,12 +79,15 @@ def embedding_edits(edits: Edits, name: str) -> list[Edit]:
     """Edits of one of the runs.
 
     Raises:
-        SettingsError: an edit of something else than `embed`.
+        SettingsError: an edit of something else than `embed` or the stream that enters the first layer.
     """
     found = flatten(edits)
-    wrong = [e for e in found if e.read.site != "embed"]
+    wrong = [e for e in found if e.read.site != "embed" and (e.read.site, e.read.layers) != ("resid_pre", (0,))]
     if wrong:
-        raise SettingsError(f"{name}_edits change 'embed' only, since layers are entered later on; got {wrong[0]!r}.")
+        raise SettingsError(
+            f"{name}_edits change 'embed' or 'resid_pre' of layer 0, since layers are entered later on; got "
+            f"{wrong[0]!r}."
+        )
     return found
 
 

@@ -58,6 +58,7 @@ def patch_sweep(
     direction: Direction = "denoise",
     clean_edits: Edits = (),
     corrupt_edits: Edits = (),
+    severed: str | None = None,
     min_gap: float = 0.1,
     memory: int | None = None,
     rows: int | None = None,
@@ -88,8 +89,11 @@ def patch_sweep(
         wrong: wrong ones.
         at: where a function or the divergence gets its logits.
         direction: `denoise` patches the clean run into the corrupt one, `noise` the corrupt run into the clean one.
-        clean_edits: edits of `embed` in the clean run.
-        corrupt_edits: edits of `embed` in the corrupt run, such as noise on some tokens.
+        clean_edits: edits of `embed`, or of `resid_pre` of the first layer, in the clean run.
+        corrupt_edits: the same in the corrupt run, such as noise on some tokens.
+        severed: `attn_out`, `mlp_out` or `mixer_out` (with `cross:` in front that of cross-attention): what is held at
+            its value in the base run at the patched positions, in all layers, where it is not patched itself. What
+            then comes through does so without these modules.
         min_gap: see `CausalMap`.
         memory: bytes that a pass may take; None for a part of what is free.
         rows: the most rows (copies of a prompt) in a pass.
@@ -127,9 +131,11 @@ def patch_sweep(
         direction=direction,
         clean_edits=clean_edits,
         corrupt_edits=corrupt_edits,
+        severed=severed,
     )
     limits = limits_of(lens, rows, memory or held_memory(checkpoint))
     settings = run.settings(method="patch_sweep", window=window)
+    settings |= {} if severed is None else {"severed": severed}
     chosen = [g.positions for g in run.groups]
     plan = settings | {"sites": [str(p) for p in run.places], "groups": [g.name for g in run.groups]}
     plan["positions"] = ["" if isinstance(p, Tensor) else str(p) for p in chosen]
