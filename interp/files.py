@@ -74,13 +74,21 @@ def write_parquet(path: str | os.PathLike[str], frame: "pd.DataFrame") -> None:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors (any device) to one safetensors file, whole or not at all."""
+    """Write tensors (any device) to one safetensors file, whole or not at all.
+
+    Raises:
+        FileError: it cannot be written, for instance because the disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # safetensors refuses views that share memory, so each tensor gets its own.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(own, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(own, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # errors of the system come in this form
+            raise FileError(f"cannot write {path}: {error}.") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -98,6 +98,23 @@ def test_sweep_and_attribution_are_what_the_methods_give_in_one_batch(llama, tmp
     assert sorted(p.name for p in (tmp_path / "out" / "figures").iterdir())[-1] == "sweep-1.html"
 
 
+def test_paths_are_what_the_method_gives(llama, tmp_path):
+    prompts = write(tmp_path / "p.jsonl", PAIRS)
+    to = ("--receiver", "1.0,1.2", "--via", "q", "--mlps", "frozen", "--positions", "all")
+    trace(llama, prompts, tmp_path / "out", "-m", "paths", "--batch-size", 2, *to)
+    lens = interp.load(str(llama), device="cpu")
+    given = {k: [row[k] for row in PAIRS] for k in ("text", "corrupt", "answer", "wrong")}
+    runs = [lens.prepare(given[name], padding_side="left") for name in ("text", "corrupt")]
+    options = {"answers": given["answer"], "wrong": given["wrong"], "positions": "all", "mlps": "frozen", "via": "q"}
+    expected = tracing.path_patching(lens, *runs, receivers=[(1, 0), (1, 2)], direction="denoise", **options)
+    found = result(tmp_path / "out", "paths")
+    assert torch.equal(found.cells, expected.cells)
+    torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=0)
+    assert "head 0" in (tmp_path / "out" / "report.html").read_text()
+    trace(llama, prompts, tmp_path / "logits", "-m", "paths")
+    assert result(tmp_path / "logits", "paths").settings["receivers"] == "logits"
+
+
 def test_causal_has_all_sites_in_one_map(llama, tmp_path):
     rows = [{k: v for k, v in row.items() if k in ("text", "subject")} for row in PAIRS]
     trace(llama, write(tmp_path / "p.jsonl", rows), tmp_path / "out", "-m", "causal", "--samples", 2, "--layers", "0-1")
@@ -319,6 +336,9 @@ def test_bad_input_of_pictures(pictures, tmp_path):
         (("-m", "knockout", "--edge", "foo>last"), "'foo' is no group of tokens"),
         (("-m", "sweep", "--positions", "middle"), "positions 'middle'"),
         (("-m", "cross_modal"), "'object'"),
+        (("-m", "causal", "--severed", "z"), "severed 'z'"),
+        (("-m", "paths", "--receiver", "99.0"), "99"),
+        (("-m", "sweep", "--via", "k"), "via is an option of paths"),
     ],
 )
 def test_bad_options_are_one_line(llama, tmp_path, arguments, said):

@@ -27,6 +27,11 @@ def trace(
     noise: Annotated[float | None, typer.Option("--noise", help=help_of("noise"))] = None,
     samples: Annotated[int | None, typer.Option("--samples", help=help_of("samples"))] = None,
     steps: Annotated[int | None, typer.Option("--steps", help=help_of("steps"))] = None,
+    severed: Annotated[str | None, typer.Option("--severed", help=help_of("severed"))] = None,
+    softmax: Annotated[str | None, typer.Option("--softmax", help=help_of("softmax"))] = None,
+    receiver: Annotated[list[str] | None, typer.Option("--receiver", help=help_of("receivers"))] = None,
+    via: Annotated[str | None, typer.Option("--via", help=help_of("via"))] = None,
+    mlps: Annotated[str | None, typer.Option("--mlps", help=help_of("mlps"))] = None,
     edge: Annotated[list[str] | None, typer.Option("--edge", help=help_of("edges"))] = None,
     min_gap: Annotated[float | None, typer.Option("--min-gap", help=help_of("min_gap"))] = None,
     seed: Annotated[int | None, typer.Option("--seed", help=help_of("seed"))] = None,
@@ -40,11 +45,11 @@ def trace(
     """Which states of MODEL carry the answer from the prompt to the last token: maps over layers and tokens.
 
     Methods: causal (noise on a subject, states put back), cross_modal (a spoilt picture, groups of tokens put back),
-    sweep (clean against corrupt prompts, exact), attribution (the same to first order, all heads at once), knockout
-    (attention cut between groups of tokens). Says what it costs before it starts. Results are stored part by part: a
-    run that was interrupted is taken up by the same command.
+    sweep (clean against corrupt prompts, exact), attribution (the same to first order, all heads at once), paths (what
+    heads give directly), knockout (attention cut between groups of tokens). Says what it costs before it starts.
+    Results are stored part by part: a run that was interrupted is taken up by the same command.
     """
-    own = ("method", "site", "edge", "out", "config", "estimate", "overwrite")
+    own = ("method", "site", "edge", "receiver", "out", "config", "estimate", "overwrite")
     options = {key: value for key, value in locals().items() if key not in (*own, "own")}
     from interp.cli.named import check_model, named_methods
     from interp.cli.tracing.settings import TraceSettings, read_config
@@ -54,7 +59,7 @@ def trace(
     }
     if method:
         given["methods"] = named_methods(method)
-    for key, listed in (("sites", site), ("edges", edge)):
+    for key, listed in (("sites", site), ("edges", edge), ("receivers", receiver)):
         if listed:
             given[key] = tuple(part.strip() for text in listed for part in text.split(","))
     settings = TraceSettings.of({} if config is None else read_config(config), given)

@@ -32,7 +32,7 @@ def trace(
     """
     known: dict[str, Callable[..., CausalMap]] = {
         **{"causal": _causal, "cross_modal": _cross_modal, "sweep": _sweep},
-        **{"attribution": _attribution, "knockout": _knockout},
+        **{"attribution": _attribution, "paths": _paths, "knockout": _knockout},
     }
     return known[method](lens, settings, prompts, first, passes)
 
@@ -51,6 +51,7 @@ def _causal(lens: "Lens", settings: TraceSettings, prompts: Sequence[Prompt], fi
             layers=settings.layer_list(),
             noise=settings.noise or 3.0,
             samples=settings.samples,
+            severed=settings.severed,  # pyright: ignore[reportArgumentType]
             min_gap=settings.min_gap,
             seed=settings.seed,
             checkpoint=passes / site,
@@ -102,7 +103,26 @@ def _attribution(
     from interp.tracing import attribution_patching
 
     options = _grid(settings, "attribution", prompts)
-    return attribution_patching(lens, *pair_of(lens, prompts), **options, steps=settings.steps)
+    options |= {"steps": settings.steps, "softmax": settings.softmax}
+    return attribution_patching(lens, *pair_of(lens, prompts), **options)
+
+
+def _paths(lens: "Lens", settings: TraceSettings, prompts: Sequence[Prompt], first: int, passes: Path) -> "CausalMap":
+    from interp.tracing import path_patching
+
+    return path_patching(
+        lens,
+        *pair_of(lens, prompts),
+        receivers=list(settings.receivers) or "logits",
+        via=settings.via,  # pyright: ignore[reportArgumentType]
+        positions=settings.positions or "last",  # pyright: ignore[reportArgumentType]
+        mlps=settings.mlps,  # pyright: ignore[reportArgumentType]
+        metric=settings.metric,  # pyright: ignore[reportArgumentType]
+        direction=settings.direction,  # pyright: ignore[reportArgumentType]
+        min_gap=settings.min_gap,
+        progress=_shown(),
+        **answers_of(prompts),  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _grid(settings: TraceSettings, method: str, prompts: Sequence[Prompt]) -> dict[str, Any]:

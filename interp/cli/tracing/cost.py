@@ -83,6 +83,11 @@ def cost_of(
     if method == "attribution":  # a gradient costs about three runs
         runs = len(prompts) * (2 + 3 * (1 + settings.steps))
         return Cost(runs, runs, runs * each)
+    if method == "paths":  # frozen attention: each sender is a fraction of a run, above its layer
+        senders = sum(len(_range(lens, layer)) * (depth - layer) / depth for layer in range(depth))
+        heads = sum(len(_range(lens, layer)) for layer in range(depth))
+        runs = len(prompts) * (3 + senders / float(batch.mask.sum(1).float().mean()))
+        return Cost(len(prompts) * heads, runs, runs * each)
     groups = _groups(lens, method, settings, batch, some)
     columns = sum(_shares(batch, mask) for mask in groups)
     count = sum(float(mask.any(1).sum()) for mask in groups)
@@ -97,6 +102,12 @@ def cost_of(
         cells += len(listed) * count * copies * heads
     runs = work * scale + 2 * len(prompts) * (sites if method == "causal" else 1) * copies
     return Cost(round(cells * scale), runs, runs * each)
+
+
+def _range(lens: "Lens", layer: int) -> range:
+    """The heads of a layer, none where it has none."""
+    has = layer in lens.layers_with("z")
+    return range(lens.anatomy.attention(None, layer, "z").n_heads if has else 0)
 
 
 def _heads(lens: "Lens", site: str, settings: TraceSettings) -> int:

@@ -13,7 +13,7 @@ from interp.cli.console import load, table
 from interp.cli.tracing.cost import cost_of, seconds_each
 from interp.cli.tracing.folder import TraceFolder
 from interp.cli.tracing.inputs import check_lengths, prompts_of
-from interp.cli.tracing.settings import TraceSettings
+from interp.cli.tracing.settings import PAIRED, TraceSettings
 
 if TYPE_CHECKING:
     from interp.lens import Lens
@@ -81,7 +81,7 @@ def _compute(folder: TraceFolder, lens: "Lens", missing: Sequence[str]) -> None:
     from interp.report import Provenance
 
     settings, prompts = folder.settings, folder.prompts
-    if any(m in ("sweep", "attribution", "cross_modal") for m in missing):
+    if any(m in (*PAIRED, "cross_modal") for m in missing):
         check_lengths(lens, prompts, 0)
     device = str(next(lens.model.parameters()).device)
     about = {"device": device, "dtype": str(lens.dtype).removeprefix("torch."), "class": type(lens.model).__name__}

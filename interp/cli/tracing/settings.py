@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 _PAIRED = ("sites", "positions", "heads", "direction", "metric")
 OPTIONS = {
-    "causal": ("sites", "window", "noise", "samples"),
+    "causal": ("sites", "window", "noise", "samples", "severed"),
     "cross_modal": ("sites", "corruption", "noise", "direction", "metric"),
     "sweep": (*_PAIRED, "window"),
-    "attribution": (*_PAIRED, "steps"),
+    "attribution": (*_PAIRED, "steps", "softmax"),
+    "paths": ("receivers", "via", "positions", "mlps", "direction", "metric"),
     "knockout": ("edges", "window", "metric"),
 }
 """The methods, and the settings that each takes."""
@@ -29,13 +30,18 @@ SITES = {
     "cross_modal": ("resid_pre", "attn_out", "mlp_out"),
     "sweep": ("resid_pre", "attn_out", "mlp_out"),
     "attribution": ("z",),
+    "paths": ("z",),
 }
 """The sites that a method takes where none are named."""
 
+PAIRED = ("sweep", "attribution", "paths")
+"""The methods that compare a clean and a corrupt prompt."""
+
 GROUPS = ("each", "all", "last", "image", "text")
 METRICS = ("logit_difference", "logit", "probability", "log_probability", "kl", "loss")
-CORRUPTIONS = ("auto", "image", "noise", "mean", "swap")
-NEEDS = {"causal": ("subject",), "cross_modal": ("object",), "sweep": ("corrupt",), "attribution": ("corrupt",)}
+CORRUPTIONS = ("auto", "image", "noise", "embedding_noise", "mean", "swap")
+NEEDS = {"causal": ("subject",), "cross_modal": ("object",), "sweep": ("corrupt",)}
+NEEDS |= {"attribution": ("corrupt",), "paths": ("corrupt",)}
 """Fields of the prompts that a method cannot do without, beside the text; `corrupt` may be `corrupt_image`."""
 
 FILES = ("corrupt_image", "mask")
@@ -74,7 +80,7 @@ class TraceSettings:
     positions: str | None = setting(
         None,
         f"which positions are patched: {', '.join(GROUPS)}; null for the method's own (sweep: each by itself, "
-        "attribution: all together)",
+        "attribution: all together, paths: last)",
     )
     heads: str = setting("each", "patch each head by itself, or all together", choices=("each", "all"))
     window: int | None = setting(
@@ -92,8 +98,8 @@ class TraceSettings:
     )
     corruption: str = setting(
         "auto",
-        "how cross_modal spoils the picture: the prompts' corrupt_image, noise, its mean colour, the next one's; auto "
-        "takes corrupt_image where there is one, else noise",
+        "how cross_modal spoils the picture: the prompts' corrupt_image, noise on its pixels or on its tokens' "
+        "embeddings, its mean colour, the next one's; auto takes corrupt_image where there is one, else noise",
         choices=CORRUPTIONS,
     )
     noise: float | None = setting(
@@ -103,6 +109,21 @@ class TraceSettings:
         kind=float,
     )
     samples: int = setting(10, "noise samples of causal", least=1)
+    severed: str | None = setting(
+        None, "what causal puts back to its corrupt value above the state: attn_out or mlp_out; null for nothing"
+    )
+    softmax: str = setting(
+        "exact", "how attribution takes queries and keys through the softmax", choices=("exact", "linear")
+    )
+    receivers: tuple[str, ...] = setting(
+        (),
+        "heads whose input paths changes, such as 23.3,29.1 (through k and v key/value heads); none for the logits",
+        kind=tuple,
+    )
+    via: str = setting("q", "through which input of the receivers", choices=("q", "k", "v"))
+    mlps: str = setting(
+        "recomputed", "whether MLPs on a path are computed anew or held", choices=("recomputed", "frozen")
+    )
     steps: int = setting(5, "gradients on the way from one run to the other (attribution); 0 for one alone", least=0)
     edges: tuple[str, ...] = setting(
         (),
@@ -131,6 +152,8 @@ class TraceSettings:
             raise SettingsError("no prompts are named: give --prompts FILE (.jsonl or .csv).")
         if self.metric is not None and self.metric not in METRICS:
             raise unknown("metric", self.metric, METRICS)
+        if self.severed not in (None, "attn_out", "mlp_out"):
+            raise unknown("severed", self.severed, ("attn_out", "mlp_out"))
         if self.positions is not None and self.positions not in GROUPS:
             raise unknown("positions", self.positions, GROUPS)
         if self.noise is not None and not 0 < self.noise < float("inf"):
@@ -210,7 +233,7 @@ class TraceSettings:
                     raise InputError(f"the subject {prompt.labels['subject']!r} does not stand in the text of {place}.")
                 if method == "cross_modal":
                     self._check_picture(prompt, place)
-                if method in ("sweep", "attribution") and "corrupt_image" in prompt.labels and prompt.image is None:
+                if method in PAIRED and "corrupt_image" in prompt.labels and prompt.image is None:
                     raise InputError(f"{place} has a corrupt_image, but no image.")
             self._check_answer(method, prompts)
         if "knockout" in self.methods and not self.edges and len(pictures) < len(prompts):
@@ -220,9 +243,7 @@ class TraceSettings:
 
     def _check_answer(self, method: str, prompts: Sequence["Prompt"]) -> None:
         have = prompts[0].answer is not None
-        needs = method == "cross_modal" or (
-            method in ("sweep", "attribution") and self.metric not in (None, "kl", "loss")
-        )
+        needs = method == "cross_modal" or (method in PAIRED and self.metric not in (None, "kl", "loss"))
         if needs and not have:
             raise InputError(f"{method} needs the field 'answer': the prompts of {self.prompts} have none.")
         if self.metric == "logit_difference" and (not have or prompts[0].wrong is None):

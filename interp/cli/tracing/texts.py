@@ -10,6 +10,7 @@ TITLES = {
     "cross_modal": "Cross-modal trace",
     "sweep": "Patching sweep",
     "attribution": "Attribution patching",
+    "paths": "Path patching",
     "knockout": "Attention knock-out",
 }
 
@@ -18,6 +19,7 @@ QUESTIONS = {
     "cross_modal": "Which tokens bring the answer back when the picture is spoilt?",
     "sweep": "Which state, put from one run into the other, changes the answer?",
     "attribution": "What would the sweep find, to first order?",
+    "paths": "What does a head give to the logits, or to other heads, directly?",
     "knockout": "What is lost when some tokens may not look at others?",
 }
 
@@ -38,7 +40,8 @@ SITES = {
 
 def explanation(method: str, found: "CausalMap") -> str:
     """Paragraphs on one method's map: what a number is, how to read it, what it does not say."""
-    known = {"causal": _causal, "cross_modal": _cross_modal, "attribution": _attribution, "knockout": _knockout}
+    known = {"causal": _causal, "cross_modal": _cross_modal, "attribution": _attribution, "paths": _paths}
+    known["knockout"] = _knockout
     own = known.get(method, _sweep)(found, found.settings)
     return own if method == "knockout" else f"{own}\n\n{_ratio(found)}"
 
@@ -110,6 +113,17 @@ def _attribution(found: "CausalMap", settings: Any) -> str:
         f"An estimate of the sweep for all cells from {path}, times the difference between the runs. It is poor where "
         "a patch saturates: the stream and MLPs of the first layers, attention that is almost sure. Check the cells "
         "that matter with the method sweep."
+    )
+
+
+def _paths(found: "CausalMap", settings: Any) -> str:
+    to = settings["receivers"]
+    named = to if isinstance(to, str) else ", ".join(map(str, to))
+    way = "computed anew" if settings["mlps"] == "recomputed" else "held"
+    return (
+        "The output of one head takes its value of the other run, all other heads are held; what that changes in the "
+        f"receivers ({named}) is put in. MLPs in between are {way}. Paths through other heads are left out, and a "
+        "backup head that would do the work is not seen."
     )
 
 
