@@ -28,6 +28,8 @@ class Where:
         valid: which of them are real choices [batch, n].
         heads: head indices that the value holds, or None where the site has no head axis.
         keys: for `scores` and `pattern`, the chosen key columns [batch, key]; None for all.
+        copy: which row of each sample the value holds, in beam search: a change is called once for each, and what it
+            keeps from one site to the next has to be kept for each.
     """
 
     layer: int
@@ -35,6 +37,7 @@ class Where:
     valid: Bool[Tensor, "batch n"]
     heads: tuple[int, ...] | None
     keys: Bool[Tensor, "batch key"] | None
+    copy: int = 0
 
 
 Change = Callable[[Tensor, Where], Tensor]

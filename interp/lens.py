@@ -353,6 +353,7 @@ class Lens:
         top_p: float | None = None,
         top_k: int | None = None,
         min_new_tokens: int | None = None,
+        num_beams: int = 1,
         seed: int | None = None,
         logits_processor: Any = None,
         stopping_criteria: Any = None,
@@ -374,17 +375,20 @@ class Lens:
             top_p: for sampling.
             top_k: for sampling.
             min_new_tokens: how many tokens at least.
+            num_beams: beam search with so many beams; edits act on each beam as on its sample. No reads, no `prefix`.
             seed: for sampling; needed with `do_sample`.
-            logits_processor: transformers `LogitsProcessor`s.
+            logits_processor: transformers `LogitsProcessor`s. While one is called, edits and reads are off the model,
+                so that it may run the model itself (`interp.steering.VisualContrast`).
             stopping_criteria: transformers `StoppingCriteria`.
             prefix: what a full run of the batch left (`lens.run(batch, ..., cache=True).cache`): only the last position
                 of the prompt is computed anew, and edits of the prompt act there alone.
             to: device to keep the reads on.
 
         Raises:
-            SettingsError: sampling without a seed, or sampling options without sampling.
+            SettingsError: sampling without a seed, sampling options without sampling, beams with reads or a prefix, or
+                fewer than one beam.
             InputError: the batch is padded on the right.
-            UnsupportedError: the model does not generate, or not behind a prefix.
+            UnsupportedError: the model does not generate, or not behind a prefix; beams with edits of another tower.
         """
         if prefix is not None and self.prefix_refusal is not None:
             raise UnsupportedError(f"{self.name}: {self.prefix_refusal}: generate without a prefix.")
@@ -397,8 +401,10 @@ class Lens:
             raise SettingsError(f"{[k for k, v in sampling.items() if v is not None]} need do_sample=True.")
         if do_sample and seed is None:
             raise SettingsError("do_sample=True needs a seed, so that the result can be had again.")
+        if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
+            raise SettingsError(f"num_beams is a whole number of at least 1, got {num_beams!r}.")
         self._ready(batch)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": 1}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": num_beams}
         options |= {k: v for k, v in sampling.items() if v is not None}
         more = {
             "min_new_tokens": min_new_tokens,

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import interp.scores
 from interp import steering
 from interp.cli.app import app
+from interp.cli.evaluation import comparison as compared
 from interp.cli.evaluation import intervention as acting
 from interp.cli.evaluation import run as runs
 from interp.cli.evaluation.data import load_data
@@ -564,16 +565,138 @@ def test_sinks_are_found_once(monkeypatch, tmp_path):
 
 def test_bad_interventions_are_one_line(coco, tmp_path):
     out = tmp_path / "out"
-    assert "intervention 'vhx' does not exist" in on_scenes("chair", out, "--intervention", "vhx", code=2)
-    assert "give --intervention vhr or var" in on_scenes("chair", out, "--strength", 2, code=2)
-    assert "give --intervention vhr or var" in on_scenes("pope", out, "--control", "random", code=2)
-    both = ("--intervention", "var")
-    assert "which chooses heads; var does not" in on_scenes("pope", out, *both, "--control", "random", code=2)
-    assert "between 0 and 1, found 2.0" in on_scenes("pope", out, *both, "--strength", 2, code=2)
-    assert "is finite, found nan" in on_scenes("pope", out, "--intervention", "vhr", "--strength", "nan", code=2)
+    vhr, both = ("--intervention", "vhr"), ("--intervention", "vhr,var")
+    for arguments, said in (
+        (("--intervention", "vhx"), "intervention 'vhx' does not exist"),
+        (("--intervention", "vhr,"), "intervention '' does not exist"),
+        (("--intervention", "vhr,vhr"), "named once each"),
+        (("--strength", 2), "give --intervention vhr or iri or var"),
+        (("--control", "random"), "give --intervention vhr"),
+        (("--doses", "0,1"), "give --intervention vhr"),
+        (("--intervention", "var", "--control", "random"), "control random is for vhr and iri and edit and avisc"),
+        (("--intervention", "iri", "--control", "norm"), "control norm is for vhr and edit, not for iri"),
+        (("--intervention", "var", "--strength", 2), "between 0 and 1, found 2"),
+        (("--intervention", "m3id", "--strength", -1), "is finite and at least 0, found -1"),
+        ((*vhr, "--strength", "nan"), "is finite, found nan"),
+        ((*both, "--strength", 2), "strength is of one intervention alone"),
+        ((*vhr, "--doses", "0,1", "--control", "norm"), "control is of one intervention alone"),
+        ((*vhr, "--doses", "0,x"), "doses are numbers from 0"),
+        ((*vhr, "--doses", "-1,1"), "doses are numbers from 0"),
+        (("--intervention", "var", "--doses", "1,3"), "strength of var lies between 0 and 1, found 1.2"),
+    ):
+        assert said in on_scenes("chair", out, *arguments, code=2), arguments
+    assert "give --intervention vhr" in on_scenes("pope", out, "--control", "random", code=2)
     file = tmp_path / "c.jsonl"
     file.write_text('{"image": 1, "caption": "a"}\n')
     data = ("--annotations", coco / "instances.json", "--out", out, "--subset")
     line = call("evaluate", "chair", "--captions", file, *data, "--intervention", "vhr", code=2)
     assert "vhr acts on a model, but a file is scored" in line
     assert not out.exists()
+
+
+NAMES = "vhr,iri,var,edit,vcd,m3id,avisc"
+
+
+def counted(frame, run, metric):
+    return frame[(frame["run"] == run) & (frame["metric"] == metric)].iloc[0]
+
+
+def test_a_comparison_of_captions(tmp_path, monkeypatch):
+    """Every dose and control; each run is what the same run alone gives; numbers, differences and the page agree."""
+    lens = packaged("scenes")
+    monkeypatch.setattr(compared, "ROUNDS", 1)
+    out = tmp_path / "all"
+    said = on_scenes("chair", out, "--intervention", NAMES, "--doses", "0,2", "--resamples", 100)
+    frame = pd.read_parquet(out / "comparison.parquet")
+    controls = [f"{name} {control} 2" for name in ("vhr", "edit") for control in ("random", "norm")]
+    controls += ["iri random 2", "avisc random 2"]
+    wanted = {"plain", *(f"{name} {dose}" for name in NAMES.split(",") for dose in (0, 2)), *controls}
+    assert set(frame["run"]) == wanted
+    strengths = {"vhr": 3.0, "iri": 0.52, "var": 0.8, "edit": 3.0, "vcd": 2.0, "m3id": 0.04, "avisc": 2.0}
+    for name, strength in strengths.items():
+        assert counted(frame, f"{name} 2", "recall")["strength"] == pytest.approx(strength)
+        zero, plain = ((out / "runs" / one / "captions.jsonl").read_bytes() for one in (f"{name}-0", "plain"))
+        assert zero == plain
+    captions = {path.name: (path / "captions.jsonl").read_text() for path in (out / "runs").iterdir()}
+    assert len({captions[one.replace(" ", "-")] for one in ("vhr 2", "vhr random 2", "vhr norm 2")}) == 3
+    # One of the runs as a run of its own, and as the library makes it.
+    on_scenes("chair", tmp_path / "one", "--intervention", "vcd", "--strength", 2)
+    alone = ChairScores.load(tmp_path / "one" / "scores")
+    images = {s.id: s.image for s in scenes.scenes("test", 6)}
+    made = caption_images(
+        lens,
+        images,
+        prompt=scenes.CAPTION_PROMPT,
+        batch_size=4,
+        processors=lambda batch: [steering.VisualContrast(lens, batch, strength=2.0)],
+    )
+    assert dict(zip(alone.ids, alone.captions, strict=True)) == made
+    within = ChairScores.load(out / "runs" / "vcd-2" / "scores")
+    assert within.captions == alone.captions
+    row, plain = counted(frame, "vcd 2", "chair_i"), counted(frame, "plain", "chair_i")
+    assert row["value"] == pytest.approx(alone.chair_i)
+    assert row["change"] == pytest.approx(row["value"] - plain["value"])
+    assert (plain["change"], plain["change_low"], plain["change_high"]) == (0, 0, 0)
+    # Perplexity is that of the costs that stand beside the captions.
+    lines = [json.loads(line) for line in captions["plain"].splitlines()]
+    nats, tokens = (sum(line[key] for line in lines) for key in ("nats", "tokens"))
+    assert counted(frame, "plain", "perplexity")["value"] == pytest.approx(np.exp(nats / tokens))
+    assert counted(frame, "vhr 2", "perplexity")["change"] > 0
+    record = json.loads((out / "run.json").read_text())
+    assert set(record["latency"]) == {"plain", *NAMES.split(",")}
+    assert record["latency"]["plain"] == 1
+    assert "validation split" in record["estimated"]["iri rates"]
+    page = (out / "report.html").read_text()
+    for text in ("At a dose of zero no text is changed", "avisc random 2", "vhr and its controls", "perplexity"):
+        assert text in page
+    assert "avisc random 2" in said
+    # It is taken up, and rebuilt.
+    assert "not computed again" in on_scenes(
+        "chair", out, "--intervention", NAMES, "--doses", "2,0", "--resamples", 100
+    )
+    assert "doses is '0,2' there" in on_scenes(
+        "chair", out, "--intervention", NAMES, "--doses", "0,1", "--resamples", 100, code=2
+    )
+    (out / "report.html").unlink()
+    assert "report.html" in call("report", out)
+    assert (out / "report.html").is_file()
+
+
+def test_a_comparison_that_was_cut_off(tmp_path, monkeypatch):
+    """What is complete is not asked again, and the rest gives what a whole run gives."""
+    arguments = ("--intervention", "vhr,avisc", "--doses", "1", "--resamples", 20, "--negatives", "random")
+    monkeypatch.setattr(compared, "ROUNDS", 1)
+    on_scenes("pope", tmp_path / "whole", *arguments)
+    real, made, limit = runs.answer_questions, [], [11]
+
+    def answer(lens, questions, *rest, **options):
+        if len(made) == limit[0]:
+            raise InputError("cut off")
+        made.append(len(questions))
+        return real(lens, questions, *rest, **options)
+
+    monkeypatch.setattr(runs, "answer_questions", answer)
+    on_scenes("pope", tmp_path / "cut", *arguments, code=2)
+    limit[0] = None
+    on_scenes("pope", tmp_path / "cut", *arguments, "--batch-size", 3)
+    assert sum(made) == 6 * len((tmp_path / "cut" / "questions.jsonl").read_text().splitlines())
+    for name in ("plain", "vhr-1", "vhr-random-1", "vhr-norm-1", "avisc-1", "avisc-random-1"):
+        one, two = ((tmp_path / run / "runs" / name / "answers.jsonl").read_text() for run in ("whole", "cut"))
+        rows = [[json.loads(line) for line in text.splitlines()] for text in (one, two)]
+        assert [(r["id"], r["answer"]) for r in rows[0]] == [(r["id"], r["answer"]) for r in rows[1]]
+        assert [r["p_yes"] for r in rows[0]] == pytest.approx([r["p_yes"] for r in rows[1]], abs=1e-4)
+    frame = pd.read_parquet(tmp_path / "cut" / "comparison.parquet")
+    assert set(frame["metric"]) == {"accuracy", "yes_ratio", "auroc"}
+    plain = PopeScores.load(tmp_path / "cut" / "runs" / "plain" / "scores")
+    assert counted(frame, "plain", "auroc")["value"] == pytest.approx(plain.value("auroc"))
+
+
+def test_interventions_on_other_data(model, coco, tmp_path):
+    """Rates and rankings of labelled images in COCO's format, for captions and for questions."""
+    for task in ("chair", "pope"):
+        out = tmp_path / task
+        extra = () if task == "chair" else ("--negatives", "random", "--minimum", 1)
+        evaluate(task, model, coco, out, "--intervention", "iri,edit", "--doses", "1", "--resamples", 20, *extra)
+        record = json.loads((out / "run.json").read_text())
+        assert "mean colour" in record["estimated"]["iri rates"]
+        assert {"iri-random-1", "edit-norm-1"} <= {path.name for path in (out / "runs").iterdir()}

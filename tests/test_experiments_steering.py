@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from docs import tables
-from experiments.steering import rates, scored, table
-from interp import edits, evaluation, heads, steering
+from experiments.steering import contrasts, rates, scored, table
+from interp import edits, evaluation, steering
 from interp.data import scenes
 from tests.conftest import packaged
 
@@ -93,7 +93,7 @@ def test_perplexity_is_that_of_a_plain_loop(lens, pictures):
     (batch,) = pictures.captions
     change = edits.scale_heads([(4, h) for h in range(8)], 3.0)
     made = lens.generate(batch, change, max_new_tokens=14)
-    found = scored.surprise(lens, batch, made.tokens)
+    found = evaluation.caption_surprise(lens, batch, made.tokens)
     end = lens.processor.tokenizer.eos_token_id
     text = evaluation.image_prompt(lens, scenes.CAPTION_PROMPT)
     lengths = set()
@@ -153,25 +153,6 @@ def test_runs_and_scenes_are_drawn_together(pictures):
     assert drawn["POPE AUROC, %"].std() > 0
 
 
-def test_size_is_kept(lens, pictures):
-    """With the same heads in all samples it is `heads.norm_matched`; each sample has its own otherwise."""
-    (batch,) = pictures.captions
-    chosen = steering.vision_heads(lens, batch, layers=(3,))
-    same = chosen.chosen.clone()
-    same[:] = same[:1]
-    alike = type(chosen)(same, chosen.layers, chosen.divergence, chosen.model)
-    pairs = [(3, h) for h in same[0, 3].nonzero()[:, 0].tolist()]
-    found = lens.run(batch, "logits@last", table.size_kept(lens, alike, 3.0)).logits
-    wanted = lens.run(batch, "logits@last", heads.norm_matched(lens, pairs, 3.0, positions="last")).logits
-    assert found == pytest.approx(wanted, abs=1e-4)
-    plain = lens.run(batch, "attn_out.3@last")["attn_out", 3]
-    kept = lens.run(batch, "attn_out.3@last", table.size_kept(lens, chosen, 3.0))["attn_out", 3]
-    assert kept.norm(dim=-1) == pytest.approx(plain.norm(dim=-1), rel=1e-4)
-    assert (kept - plain).norm() > 0.1 * plain.norm()
-    mixed = lens.run(batch, "logits@last", table.size_kept(lens, chosen, 3.0)).logits
-    assert (mixed[0] - found[0]).abs().max() < 1e-4 < (mixed[1:] - found[1:]).abs().max()
-
-
 @pytest.mark.slow
 def test_the_table_from_end_to_end(lens, pictures, monkeypatch):
     monkeypatch.setattr(table, "SCALES", (4.0,))
@@ -179,6 +160,8 @@ def test_the_table_from_end_to_end(lens, pictures, monkeypatch):
     monkeypatch.setattr(table, "INJECTED", (0.1, 0.5))
     monkeypatch.setattr(table, "PERMUTED", (0.5,))
     monkeypatch.setattr(table, "ENHANCED", (2.0,))
+    monkeypatch.setattr(contrasts, "STRENGTHS", (1.0,))
+    monkeypatch.setattr(contrasts, "RATES", (0.3,))
     chosen = table.choose(lens, 3)
     assert [row["sink dimensions"] for row in chosen.sinks] == [0, len(chosen.dimensions)]
     assert len(chosen.dimensions) > 0
@@ -196,7 +179,8 @@ def test_the_table_from_end_to_end(lens, pictures, monkeypatch):
     others = [runs[key][0].captions for key in (("VHR", "x 4.0"), ("VHR, the other heads", "x 4.0"), ("nothing", ""))]
     assert len(set(others)) == 3
     made = table.written(found, runs)
-    assert [row["intervention"] for row in made["against the control"]] == ["VHR", "VHR", "IRI", "head editing"]
+    assert [row["intervention"] for row in made["against the control"]] == [
+        "VHR", "VHR", "IRI", "head editing", "AvisC"]  # fmt: skip
     for name in table.COMPARED:
         rows = {key: {row["intervention"]: row[name]["value"] for row in made[key] if name in row} for key in made}
         both = rows["captions"] or rows["answers"]

@@ -249,6 +249,140 @@ def test_a_sample_without_chosen_heads_is_untouched(lens, batch):
     assert not torch.equal(mixed[0], plain[0])
 
 
+# Beams and sampling
+
+
+def anew(name, lens, batch, made):
+    """Edits that do in a run over prompt and new tokens what `made` did on the way."""
+    start = batch.mask.shape[1] - 1
+    if name == "edit":
+        return made
+    if name == "iri":
+        return [edits.Edit(Read(e.read.site, layers=e.read.layers), _injected(e.change, batch), e.name) for e in made]
+    out = []
+    for edit in made:
+        if name == "norm" and edit.read.site == "attn_out":
+            change = _later(edit.change, start, 2)
+        else:
+            change = _later(edit.change, start, 3)
+        out.append(edits.Edit(Read(edit.read.site, layers=edit.read.layers), change, edit.name))
+    return out
+
+
+def _later(change, start, axes):
+    def at(value, where):
+        later = (where.columns >= start).reshape(*where.columns.shape, *([1] * (axes - 1)))
+        return torch.where(later, change(value, where), value)
+
+    return at
+
+
+def beam_search(lens, batch, made, beams, new):
+    """Plain beam search of `new` tokens without a cache; texts do not end."""
+    size = len(batch)
+    eos = lens.processor.tokenizer.eos_token_id
+    ids = batch.inputs["input_ids"][:, None, :0].expand(size, beams, 0)
+    score = torch.full((size, beams), -math.inf)
+    score[:, 0] = 0.0
+    for _ in range(new):
+        rows = []
+        for j in range(beams):
+            tokens = torch.cat([ids[:, j], torch.zeros(size, 1, dtype=torch.long)], 1)
+            logits = lens.run(lens.prepare(**_longer(batch, tokens)), ["logits@last"], made).logits[:, -1]
+            rows.append(logits.log_softmax(-1))
+        chance = torch.stack(rows, 1)
+        chance[..., eos] = -math.inf
+        score, best = (score[:, :, None] + chance).flatten(1).topk(beams, dim=1)
+        origin, token = best // chance.shape[-1], best % chance.shape[-1]
+        ids = torch.cat([ids.gather(1, origin[..., None].expand(-1, -1, ids.shape[-1])), token[..., None]], 2)
+    return ids[:, 0]
+
+
+@pytest.mark.parametrize("name", ["vhr", "iri", "edit", "norm"])
+def test_beams_with_edits_are_a_plain_beam_search(lens, batch, name):
+    """Each sample's heads go with its beams; what an edit keeps from site to site is kept for each beam."""
+    if name == "norm":
+        chosen = steering.vision_heads(lens, batch).chosen
+        made = heads.norm_matched(lens, chosen, 6.0, positions="last")
+    elif name == "vhr":
+        made = intervention(name, lens, batch, 4.0)
+    else:
+        made = intervention(name, lens, batch, {"iri": 1.5}.get(name))
+    options = {"num_beams": 3, "max_new_tokens": NEW, "min_new_tokens": NEW}
+    found = lens.generate(batch, made, **options).tokens
+    assert torch.equal(found, beam_search(lens, batch, anew(name, lens, batch, made), 3, NEW))
+    assert not torch.equal(found, lens.generate(batch, **options).tokens)
+    assert torch.equal(found, lens.generate(batch, made, **options).tokens)
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_beams_batched_are_single(lens, batch, name):
+    options = {"num_beams": 2, "max_new_tokens": NEW, "min_new_tokens": NEW}
+    together = lens.generate(batch, intervention(name, lens, batch), **options).tokens
+    for i in range(len(batch)):
+        one = batch[i]
+        made = intervention(name, lens, batch if name == "edit" else one)
+        assert torch.equal(lens.generate(one, made, **options).tokens[0], together[i])
+    nothing = intervention(name, lens, batch, NOTHING[name])
+    assert torch.equal(lens.generate(batch, nothing, **options).tokens, lens.generate(batch, **options).tokens)
+
+
+@pytest.mark.parametrize("name", ["vhr", "iri"])
+def test_a_seed_s_sample_is_that_of_drawing_by_hand(lens, name):
+    """One prompt, sampled with the cache and edits, and drawn token by token from whole runs with the same seed."""
+    scene = scenes.scene("test", 1)
+    batch = lens.prepare([evaluation.image_prompt(lens, scenes.CAPTION_PROMPT)], [scene.image])
+    made = intervention(name, lens, batch, {"vhr": 3.0, "iri": 1.0}[name])
+    options = {"do_sample": True, "temperature": 2.0, "top_k": lens.vocabulary, "max_new_tokens": NEW}
+    found = lens.generate(batch, made, seed=5, **options).tokens
+    whole, tokens = anew(name, lens, batch, made), batch.inputs["input_ids"][:, :0]
+    torch.manual_seed(5)
+    for _ in range(found.shape[1]):
+        longer = lens.prepare(**_longer(batch, torch.cat([tokens, tokens.new_zeros(1, 1)], 1)))
+        logits = lens.run(longer, ["logits@last"], whole).logits[:, -1]
+        tokens = torch.cat([tokens, torch.multinomial((logits / 2.0).softmax(-1), 1)], 1)
+    assert torch.equal(found, tokens)
+    assert not torch.equal(found, lens.generate(batch, made, seed=6, **options).tokens)
+
+
+def test_what_beams_cannot_do_is_refused(lens, batch):
+    with pytest.raises(SettingsError, match="reads follow one text"):
+        lens.generate(batch, num_beams=2, reads=["resid_post.1"])
+    prefix = lens.run(batch, ["resid_post.0"], cache=True).cache
+    with pytest.raises(SettingsError, match="leave out prefix, or num_beams"):
+        lens.generate(batch, num_beams=2, prefix=prefix)
+    with pytest.raises(UnsupportedError, match="tower 'vision'"):
+        lens.generate(batch, edits.scale_heads([(0, 0)], 0.0, tower="vision"), num_beams=2)
+    for number in (0, 1.5, True):
+        with pytest.raises(SettingsError, match="num_beams"):
+            lens.generate(batch, num_beams=number)
+
+
+# Size kept
+
+
+def test_each_sample_s_own_heads_with_their_size_kept(lens, batch):
+    """Against one sample at a time with its heads as pairs; a sample without heads is untouched."""
+    chosen = steering.vision_heads(lens, batch).chosen.clone()
+    chosen[1] = False
+    made = heads.norm_matched(lens, chosen, 3.0)
+    together = lens.run(batch, ["logits"], made).logits
+    assert torch.equal(together[1], lens.run(batch, ["logits"]).logits[1])
+    for i in (0, 2):
+        pairs = [tuple(pair) for pair in chosen[i].nonzero().tolist()]
+        alone = lens.run(batch, ["logits"], heads.norm_matched(lens, pairs, 3.0)).logits[i]
+        assert torch.allclose(alone, together[i], atol=1e-5)
+        assert not torch.allclose(alone, lens.run(batch, ["logits"]).logits[i], atol=1e-2)
+    assert not torch.equal(chosen[0], chosen[2])
+    assert heads.norm_matched(lens, chosen, 1.0) == []
+    with pytest.raises(InputError, match=r"bools \[batch, 6, 8\]"):
+        heads.norm_matched(lens, chosen[:, :3], 2.0)
+    with pytest.raises(InputError, match="bools"):
+        heads.norm_matched(lens, chosen.float(), 2.0)
+    with pytest.raises(EditError, match="2 samples do not fit 3"):
+        lens.run(batch, ["logits"], heads.norm_matched(lens, chosen[[0, 2]], 2.0))
+
+
 # Injection
 
 

@@ -13,18 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 import interp
 from experiments.records import Row
-from experiments.steering.scored import RESAMPLES, answered, batches, interval
-from interp import edits
+from experiments.steering.scored import RESAMPLES, batches, interval
 from interp.data import scenes
-from interp.evaluation import image_prompt
+from interp.evaluation import image_prompt, recovery_rates
 from interp.evaluation.intervals import draws
-from interp.reads import Read
-
-SITES = {"attention": "attn_out", "MLP": "mlp_out"}
+from interp.evaluation.recovery import SITES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,17 +60,5 @@ def recovery(lens: interp.Lens, drawn: Sequence[scenes.Scene]) -> Recovery:
     clean = batches(lens, list(zip(texts, drawn, strict=True)))
     without = [scene.without(name) for scene, name in zip(drawn, names, strict=True)]
     removed = batches(lens, list(zip(texts, without, strict=True)))
-    depth = len(lens.anatomy.towers[lens.anatomy.main].layers)
-    patched = np.zeros((len(SITES), depth, len(drawn)))
-    reads = [Read(site, positions="last") for site in SITES.values()]
-    start = 0
-    with torch.no_grad():
-        for one, other in zip(clean, removed, strict=True):
-            trace = lens.run(one, reads)
-            for i, read in enumerate(reads):
-                for layer in range(depth):
-                    change = edits.patch(read.site, trace[read, layer], layer=layer, positions="last")
-                    here = slice(start, start + len(one))
-                    patched[i, layer, here] = answered(lens, [other], lambda _, change=change: change)[1]
-            start += len(one)
-    return Recovery(answered(lens, clean, lambda _: [])[1], answered(lens, removed, lambda _: [])[1], patched)
+    found = recovery_rates(lens, zip(clean, removed, strict=True))
+    return Recovery(found.clean.numpy(), found.without.numpy(), found.patched.numpy())

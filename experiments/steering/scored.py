@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 import interp
 from interp.batch import Batch
@@ -23,18 +22,21 @@ from interp.evaluation import (
     Question,
     Vocabulary,
     answer_tokens,
+    caption_surprise,
     chair,
     image_prompt,
     parse_answer,
     pope_questions,
 )
 from interp.evaluation.intervals import auroc, draws, ends, rate
+from interp.lens import Generation
+from interp.steering import Contrast
 
 BATCH = 50
 LONGEST = 32  # tokens; a caption of five objects has 18
 RESAMPLES = 1000
 VOCABULARY = Vocabulary.of(scenes.NAMES)
-Change = Callable[[Batch], list[Edit]]
+Change = Callable[[Batch], Sequence[Edit | Contrast]]
 Metrics = dict[str, np.ndarray]
 
 
@@ -96,17 +98,24 @@ class Said:
 
 
 def speak(lens: interp.Lens, pictures: Pictures, change: Change) -> Said:
-    """Captions and answers with the edits of each batch, greedy."""
+    """Captions and answers with the edits and contrasts of each batch, greedy."""
     texts: list[str] = []
     nats = []
     for batch in pictures.captions:
-        made = lens.generate(batch, change(batch), max_new_tokens=LONGEST)
+        made = said_with(lens, batch, change(batch), max_new_tokens=LONGEST)
         texts += made.texts or ()
-        nats.append(surprise(lens, batch, made.tokens))
+        nats.append(caption_surprise(lens, batch, made.tokens))
     there = {scene.id: scene.names for scene in pictures.drawn}
     scored = chair(dict(zip(there, texts, strict=True)), there, vocabulary=VOCABULARY)
     answers, chance = answered(lens, pictures.asked, change)
     return Said(tuple(texts), scored.counts.numpy(), torch.cat(nats).numpy(), answers, chance)
+
+
+def said_with(lens: interp.Lens, batch: Batch, change: Sequence[Edit | Contrast], **options: Any) -> Generation:
+    """A generation with edits and contrasts."""
+    made = [one for one in change if isinstance(one, Edit)]
+    contrasts = [one for one in change if isinstance(one, Contrast)]
+    return lens.generate(batch, made, logits_processor=contrasts or None, **options)
 
 
 def answered(lens: interp.Lens, asked: Sequence[Batch], change: Change) -> tuple[np.ndarray, np.ndarray]:
@@ -114,24 +123,16 @@ def answered(lens: interp.Lens, asked: Sequence[Batch], change: Change) -> tuple
     yes, no = answer_tokens(lens)
     words, chance = [], []
     for batch in asked:
-        last = lens.run(batch, "logits@last", change(batch)).logits[:, -1].double()
-        words += lens.processor.tokenizer.batch_decode(last.argmax(-1)[:, None])
+        made = change(batch)
+        last = lens.run(batch, "logits@last", [one for one in made if isinstance(one, Edit)]).logits[:, -1].double()
+        said = last
+        for one in made:
+            if isinstance(one, Contrast):
+                said, last = one(batch.inputs["input_ids"], said), one.uncut(batch.inputs["input_ids"], last)
+        words += lens.processor.tokenizer.batch_decode(said.argmax(-1)[:, None])
         chance.append(torch.sigmoid(last[:, yes].logsumexp(-1) - last[:, no].logsumexp(-1)))
     codes = {"yes": 1, "no": 0, None: -1}
     return np.array([codes[parse_answer(word)] for word in words], dtype=int), torch.cat(chance).numpy()
-
-
-def surprise(lens: interp.Lens, batch: Batch, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch 2"]:
-    """Nats of generated tokens under the plain model, up to the end of each text and with it, and how many they are."""
-    end = lens.processor.tokenizer.eos_token_id
-    real = (tokens == end).long().cumsum(1) - (tokens == end).long() == 0
-    inputs = dict(batch.inputs)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
-    inputs["attention_mask"] = torch.cat([batch.mask, real], 1).long()
-    width = batch.mask.shape[1]
-    logits = lens.run(lens.prepare(**inputs), "logits").logits[:, width - 1 : -1].double()
-    each = -logits.log_softmax(-1).gather(2, tokens[:, :, None])[..., 0].masked_fill(~real, 0)
-    return torch.stack([each.sum(1), real.sum(1).double()], 1)
 
 
 class Scale:

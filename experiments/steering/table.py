@@ -6,7 +6,8 @@ Captions of scenes of the test split, and POPE's adversarial questions on the fi
 or estimated (recovery rates, rankings, sink dimensions) comes from the validation split. Beside each intervention that
 chooses heads or layers stands the same one with random heads of the same layers, or with the rates permuted over
 layers; beside reinforcement also the heads that it did not choose, and its size-keeping form: what attention adds is
-brought back to the size that it would have had. Strengths that change nothing must give the plain captions, bit for
+brought back to the size that it would have had (of head editing too); beside contrasts with blind tokens the same with
+as many random image tokens. Strengths that change nothing must give the plain captions, bit for
 bit: the script stops if they do not.
 """
 
@@ -20,13 +21,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 
 import interp
 from experiments.benchmarks.rounds import interleaved
 from experiments.records import Row, record, show
+from experiments.steering.contrasts import CONTRASTS, TOKENS, contrasts
 from experiments.steering.rates import Recovery, recovery
-from experiments.steering.scored import Change, Metrics, Pictures, Said, Scale, batches, interval, speak
+from experiments.steering.scored import Change, Metrics, Pictures, Said, Scale, batches, interval, said_with, speak
 from interp import edits, heads, steering
 from interp.batch import Batch
 from interp.data import scenes
@@ -34,6 +35,7 @@ from interp.edits import Edit
 from interp.evaluation import image_prompt
 from interp.reads import Read
 from interp.scores import HeadScores
+from interp.steering import Contrast
 from interp.steering.sinks import default_tau, sink_size
 
 SCALES = (0.5, 1.5, 2.0, 3.0, 4.0)
@@ -118,7 +120,7 @@ class Reinforced:
         """As many random heads of the same layers, other ones in every batch."""
         places: dict[int, int] = {}
 
-        def change(batch: Batch) -> list[Edit]:
+        def change(batch: Batch) -> Sequence[Edit | Contrast]:
             place = places.setdefault(id(batch), len(places))
             return self.heads(batch, scale).shuffled(self.lens, 1000 * seed + place).edits(scale)
 
@@ -127,7 +129,7 @@ class Reinforced:
     def others(self, scale: float) -> Change:
         """The heads of the same layers that were not chosen."""
 
-        def change(batch: Batch) -> list[Edit]:
+        def change(batch: Batch) -> Sequence[Edit | Contrast]:
             chosen = self.heads(batch, scale)
             return replace(chosen, chosen=~chosen.chosen).edits(scale)
 
@@ -135,35 +137,14 @@ class Reinforced:
 
     def kept(self, scale: float) -> Change:
         """The size of what attention adds brought back to what it would have been."""
-        return lambda batch: size_kept(self.lens, self.heads(batch, scale), scale)
-
-
-def size_kept(lens: interp.Lens, chosen: steering.VisionHeads, scale: float) -> list[Edit]:
-    """As `heads.norm_matched`, for the last position and with each sample's own heads."""
-    tower = lens.anatomy.towers[lens.anatomy.main]
-    out: list[Edit] = []
-    for layer in chosen.layers:
-        sizes: dict[str, Tensor] = {}
-        factor = torch.where(chosen.chosen[:, layer], scale, 1.0)[:, None, :, None]
-
-        def scaled(z: Tensor, layer: int = layer, sizes: dict[str, Tensor] = sizes, factor: Tensor = factor) -> Tensor:
-            nothing = z.new_zeros(*z.shape[:2], tower.d_model)
-            sizes["old"] = tower.layers[layer].linear(z, nothing, {}, until="attn").attention.norm(dim=-1, keepdim=True)
-            return z * factor
-
-        def restored(added: Tensor, sizes: dict[str, Tensor] = sizes) -> Tensor:
-            return added * (sizes.pop("old") / added.norm(dim=-1, keepdim=True))
-
-        out += edits.splice(scaled, site="z", layers=layer, positions="last")
-        out += edits.splice(restored, site="attn_out", layers=layer, positions="last")
-    return out
+        return lambda batch: heads.norm_matched(self.lens, self.heads(batch, scale).chosen, scale, positions="last")
 
 
 def injected(lens: interp.Lens, rates: np.ndarray, strength: float, sources: int = 3, targets: int = 10) -> Change:
     """Injection with rates [site, layer]; MLPs are injected with the paper's share of the strength."""
     attn, mlp = (torch.from_numpy(row.copy()) for row in rates)
 
-    def change(batch: Batch) -> list[Edit]:
+    def change(batch: Batch) -> Sequence[Edit | Contrast]:
         return steering.representation_injection(
             lens,
             attn=attn,
@@ -205,21 +186,25 @@ def ways(lens: interp.Lens, chosen: Chosen, *, draws: int, seed: int) -> dict[tu
     for scale in ENHANCED:
         found[EDITED, f"x {scale}"] = [lambda b, s=scale: steering.edit_heads(top, s)]
         found[EDITED + RANDOM, f"x {scale}"] = [lambda b, r=r, s=scale: steering.edit_heads(r, s) for r in random]
-    return found
+    found[EDITED + ", size kept", f"x {ENHANCED[-1]}"] = [lambda b: heads.norm_matched(lens, top, ENHANCED[-1])]
+    return found | contrasts(lens, draws=draws, seed=seed)
 
 
 def check_nothing(lens: interp.Lens, batch: Batch, chosen: Chosen) -> None:
     """Stop unless strengths that change nothing give the plain tokens."""
     plain = lens.generate(batch, max_new_tokens=NEW).tokens
-    nothing: dict[str, Sequence[Edit]] = {
+    nothing: dict[str, Sequence[Edit | Contrast]] = {
         "VHR x 1": steering.vision_reinforcement(lens, batch, scale=1.0),
         "IRI 0": injected(lens, chosen.recovery.rates, 0.0)(batch),
         "VAR p = 1": steering.attention_redistribution(lens, batch, dimensions=(0,), tau=0.1, p=1.0),
         "head editing x 1": steering.edit_heads(chosen.ranked, 1.0, k=TOP),
         "heads scaled by 1 in place": edits.scale_heads(1.0),
+        "VCD 0": [steering.VisualContrast(lens, batch, strength=0.0)],
+        "M3ID 0": [steering.M3ID(lens, batch, rate=0.0)],
+        "AvisC 0": [steering.BlindTokenContrast(lens, batch, strength=0.0)],
     }
     for name, made in nothing.items():
-        if not torch.equal(lens.generate(batch, made, max_new_tokens=NEW).tokens, plain):
+        if not torch.equal(said_with(lens, batch, made, max_new_tokens=NEW).tokens, plain):
             raise SystemExit(f"{name} changes captions, and should not.")
 
 
@@ -241,7 +226,7 @@ def written(found: dict[tuple[str, str], tuple[Metrics, Metrics]], runs: Runs) -
         tables["answers"].append(row(key, ANSWERS) | {"runs": len(runs[key])})
         if key[0] != PLAIN:
             tables["against nothing"].append(row(key, COMPARED, to=base))
-        for ending in (RANDOM, OTHERS, PERMUTATION):
+        for ending in (RANDOM, OTHERS, PERMUTATION, TOKENS):
             control = (key[0] + ending, key[1])
             if control in found:
                 less = row(key, COMPARED, to=found[control])
@@ -265,10 +250,12 @@ def latency(lens: interp.Lens, batch: Batch, chosen: Chosen, *, rounds: int) -> 
     contestants: dict[str, Callable[[], object]] = {
         PLAIN: lambda: lens.generate(batch, **options),
         REINFORCED: reinforced,
-        INJECTION: lambda: lens.generate(batch, injected(lens, rates, 0.26)(batch), **options),
+        INJECTION: lambda: said_with(lens, batch, injected(lens, rates, 0.26)(batch), **options),
         f"VAR, threshold {TAU}": redistributed,
         EDITED: lambda: lens.generate(batch, steering.edit_heads(chosen.ranked, 2.0, k=TOP), **options),
     }
+    for name, make in CONTRASTS.items():
+        contestants[name] = lambda make=make: lens.generate(batch, logits_processor=[make(lens, batch)], **options)
     timed = interleaved(contestants, rounds=rounds)
     return [
         {"intervention": one.name, "time / plain": round(one.ratio, 3), "quartiles": f"{one.low:.2f} to {one.high:.2f}"}

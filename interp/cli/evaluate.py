@@ -20,6 +20,7 @@ Longest = Annotated[int | None, typer.Option("--max-new-tokens", help=help_of("m
 Intervention = Annotated[str | None, typer.Option("--intervention", help=help_of("intervention"))]
 Strength = Annotated[float | None, typer.Option("--strength", help=help_of("strength"))]
 Control = Annotated[str | None, typer.Option("--control", help=help_of("control"))]
+Doses = Annotated[str | None, typer.Option("--doses", help=help_of("doses"))]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help=help_of("batch_size"))]
 Seed = Annotated[int | None, typer.Option("--seed", help=help_of("seed"))]
 Resamples = Annotated[int | None, typer.Option("--resamples", help=help_of("resamples"))]
@@ -51,6 +52,7 @@ def chair(
     intervention: Intervention = None,
     strength: Strength = None,
     control: Control = None,
+    doses: Doses = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
     resamples: Resamples = None,
@@ -64,8 +66,8 @@ def chair(
     """Caption images with MODEL and count the objects in the captions that are not there (CHAIR).
 
     With --captions FILE an existing file is scored, and no model is run. Captions are stored batch by batch: a run that
-    was interrupted is taken up by the same command. With --intervention the model is changed while it speaks; compare
-    with the same command without it, and with --control random.
+    was interrupted is taken up by the same command. With --intervention the model is changed while it speaks; several
+    interventions, or --doses, make a comparison with the plain model, each dose and every control.
     """
     options = {key: value for key, value in locals().items() if key not in ("out", "config", "overwrite")}
     _run("chair", options, out, config, overwrite)
@@ -91,6 +93,7 @@ def pope(
     intervention: Intervention = None,
     strength: Strength = None,
     control: Control = None,
+    doses: Doses = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
     resamples: Resamples = None,
@@ -104,8 +107,8 @@ def pope(
     """Ask MODEL after objects that are there and objects that are not (POPE).
 
     With --answers FILE an existing file is scored, and no model is run. Answers are stored batch by batch: a run that
-    was interrupted is taken up by the same command. With --intervention the model is changed while it speaks; compare
-    with the same command without it, and with --control random.
+    was interrupted is taken up by the same command. With --intervention the model is changed while it speaks; several
+    interventions, or --doses, make a comparison with the plain model, each dose and every control.
     """
     options = {key: value for key, value in locals().items() if key not in ("out", "config", "overwrite")}
     _run("pope", options, out, config, overwrite)

@@ -66,6 +66,7 @@ class Recorder:
         step: number of the present forward call (0 but for generation).
         generating: whether the run is a generation.
         to: device on which reads are kept; None leaves them where they are.
+        copies: rows that each sample has in the main tower, one behind the other (beams).
         stop: whether to end the run when nothing is left to do.
         with_graph: whether values are part of a graph for gradients.
         pieces: what was read, one tensor for each forward call.
@@ -79,6 +80,7 @@ class Recorder:
     step: int = 0
     generating: bool = False
     to: torch.device | str | None = None
+    copies: int = 1
     stop: bool = False
     with_graph: bool = False
     pieces: dict[ReadAt, list[Tensor]] = field(default_factory=dict)
@@ -195,7 +197,7 @@ class Recorder:
             return value
         for edit, heads in work.edits:
             if self.generating or edit.read.positions != "generated":
-                value = self._edit(place, edit, heads, value)
+                value = self._each_copy(place, edit, heads, value)
         if work.probe:
             probe = torch.zeros_like(value, requires_grad=True)
             self.probes[place] = probe
@@ -215,6 +217,7 @@ class Recorder:
         work = self.plan.work[place]
         if work.reads or work.probe or place[0] != self.anatomy.main:
             return None
+        size //= self.copies
         rows = torch.zeros(size, width, dtype=torch.bool, device=device)
         for edit, _ in work.edits:
             if edit.read.positions == "generated" and not self.generating:
@@ -225,7 +228,7 @@ class Recorder:
             if chosen.index.numel():
                 # Fillers stand at columns that may be chosen as well: they add nothing.
                 rows |= torch.zeros_like(rows, dtype=torch.int).scatter_add_(1, chosen.index, chosen.valid.int()) > 0
-        return rows
+        return rows.repeat_interleave(self.copies, 0) if self.copies > 1 else rows
 
     @contextmanager
     def narrowed(self, rows: slice) -> Iterator[None]:
@@ -299,7 +302,17 @@ class Recorder:
         mask = mask[:, start : start + width]
         return None if mask.shape[0] != size or bool(mask.all()) else mask
 
-    def _edit(self, place: Place, edit: Edit, heads: tuple[int, ...] | None, value: Tensor) -> Tensor:
+    def _each_copy(self, place: Place, edit: Edit, heads: tuple[int, ...] | None, value: Tensor) -> Tensor:
+        """An edit knows one row for each sample: with several, it acts on the first of every sample, and so on."""
+        if self.copies == 1:
+            return self._edit(place, edit, heads, value)
+        old = [value[copy :: self.copies] for copy in range(self.copies)]
+        new = [self._edit(place, edit, heads, part, copy) for copy, part in enumerate(old)]
+        if all(a is b for a, b in zip(old, new, strict=True)):
+            return value
+        return torch.stack(new, 1).flatten(0, 1)
+
+    def _edit(self, place: Place, edit: Edit, heads: tuple[int, ...] | None, value: Tensor, copy: int = 0) -> Tensor:
         part, chosen = self.take(place, edit.read.positions, heads, value)
         position, head = self._axes(place[3])
         if part.shape[position] == 0:
@@ -312,7 +325,7 @@ class Recorder:
             index, valid = chosen.index, chosen.valid
         named = heads if heads is not None or head is None else tuple(range(value.shape[head]))
         keys = self.keys_mask(edit, place, size, value.shape[position], part.shape[-1], value.device)
-        new = edit.change(part, Where(place[2], index + self._start(place[0]), valid, named, keys))
+        new = edit.change(part, Where(place[2], index + self._start(place[0]), valid, named, keys, copy))
         check_edit(edit, place, part, new)
         if new is part or (not self.with_graph and torch.equal(new, part)):
             return value

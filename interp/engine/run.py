@@ -299,15 +299,55 @@ def generate(
         inputs = {n: v for n, v in inputs.items() if not n.startswith(_IMAGE_INPUTS)}
         inputs["past_key_values"] = cropped(prefix, start)
     plan = make_plan(anatomy, reads, edits)
-    recorder = Recorder(plan, anatomy, batch, generating=True, to=to)
+    beams = options.get("num_beams", 1)
+    recorder = Recorder(plan, anatomy, batch, generating=True, to=to, copies=beams)
     if any(r.site == "logits" for r in reads):
         raise SettingsError("generation does not keep logits; run the finished text once and read them there.")
+    if beams > 1:
+        _check_beams(recorder, reads, prefix)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(stepping(model, recorder, batch.mask.shape[1], start))
-        stack.enter_context(attached(recorder))
+        watched = stack.enter_context(ExitStack())
+
+        def watch() -> None:
+            watched.enter_context(stepping(model, recorder, batch.mask.shape[1], start))
+            watched.enter_context(attached(recorder))
+
+        watch()
+        if plan.work and options.get("logits_processor"):
+            options = {**options, "logits_processor": _aside(options["logits_processor"], watched, watch)}
         tokens = model.generate(**inputs, **options)  # type: ignore[operator]
     values, valid = recorder.finish()
     masks = {**dict.fromkeys(anatomy.towers), **recorder.masks}
     return tokens, Trace(values, {}, valid, masks, anatomy.main, anatomy.depth)
+
+
+def _aside(processors: Sequence[Any], watched: ExitStack, watch: Callable[[], None]) -> Any:
+    """Logits processors for whose time the plan is taken off the model: they may run it themselves."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Aside(LogitsProcessor):
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            watched.close()
+            try:
+                return self.inner(input_ids, scores)
+            finally:
+                watch()
+
+    return LogitsProcessorList([Aside(one) for one in processors])
+
+
+def _check_beams(recorder: Recorder, reads: Sequence[Read], prefix: Prefix | None) -> None:
+    """Refuse what has no meaning where every sample is several beams."""
+    if reads:
+        raise SettingsError("reads follow one text, not several beams: read the finished text with lens.run.")
+    if prefix is not None:
+        raise SettingsError("a prefix holds one row for each sample: leave out prefix, or num_beams.")
+    main = recorder.anatomy.main
+    other = sorted({tower for tower, *_ in recorder.plan.work if tower not in ("model", main)})
+    if other:
+        raise UnsupportedError(f"edits of tower {other[0]!r} do not go with beams: its rows are not the samples.")

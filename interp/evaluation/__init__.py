@@ -15,6 +15,7 @@ from interp.evaluation.localisation import Localisation, iou, otsu, pointing
 from interp.evaluation.marking import Piece, marked, pieces
 from interp.evaluation.measured import Measured, Number
 from interp.evaluation.mme import MmeScores, mme
+from interp.evaluation.paired import paired
 from interp.evaluation.parsers import parse_answer, parse_answer_compat, parse_answer_mme
 from interp.evaluation.pope import PopeScores, pope
 from interp.evaluation.questions import Question, pope_questions
@@ -27,6 +28,8 @@ from interp.evaluation.records import (
     write_captions,
     write_questions,
 )
+from interp.evaluation.recovery import Recovery, recovery_rates
+from interp.evaluation.surprise import caption_surprise
 from interp.evaluation.vocabulary import Mention, Vocabulary
 
 __all__ = [
@@ -42,11 +45,13 @@ __all__ = [
     "Piece",
     "PopeScores",
     "Question",
+    "Recovery",
     "Vocabulary",
     "agreement",
     "answer_questions",
     "answer_tokens",
     "caption_images",
+    "caption_surprise",
     "chair",
     "coco_classes",
     "coco_files",
@@ -59,6 +64,7 @@ __all__ = [
     "marked",
     "mme",
     "otsu",
+    "paired",
     "parse_answer",
     "parse_answer_compat",
     "parse_answer_mme",
@@ -70,6 +76,7 @@ __all__ = [
     "read_answers",
     "read_captions",
     "read_questions",
+    "recovery_rates",
     "write_answers",
     "write_captions",
     "write_questions",

@@ -17,10 +17,12 @@ from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.evaluation.ids import by_id
 from interp.evaluation.questions import Question, check_questions
 from interp.inputs import placeholder, tokenizer_of
-from interp.lens import Lens
+from interp.lens import Generation, Lens
 
 Fixed = Iterable[Edit | Iterable[Edit]]
 Edits = Fixed | Callable[[Batch], Fixed]
+Processors = Callable[[Batch], Sequence[Any]]
+Watch = Callable[[Batch, Generation], None]
 Progress = Callable[[int], None]
 _GREY = ("1", "L")
 
@@ -46,7 +48,9 @@ def caption_images(
     max_new_tokens: int = 64,
     batch_size: int = 8,
     edits: Edits = (),
+    processors: Processors | None = None,
     chat: bool | None = None,
+    watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str]:
     """Caption images with greedy decoding.
@@ -59,7 +63,9 @@ def caption_images(
         batch_size: images in one run of the model.
         edits: from `interp.edits` or `interp.steering`, active in the prompt and in every step; or a function that
             makes them for a batch, called once for each as it is run, where they depend on its samples.
+        processors: makes transformers `LogitsProcessor`s for a batch, such as `interp.steering.VisualContrast`.
         chat: whether to use the processor's chat template (see `image_prompt`).
+        watch: called with each batch and its `Generation`, for what else is to be known of them.
         progress: called after each batch with the number of its images.
 
     Returns:
@@ -77,8 +83,11 @@ def caption_images(
     found: dict[str, str] = {}
     for ids in _chunks(list(known.keys), batch_size):
         batch = lens.prepare([text] * len(ids), [known.image(lens, one) for one in ids], padding_side="left")
-        made = lens.generate(batch, edits_of(batch), max_new_tokens=max_new_tokens).texts
-        found |= dict(zip(ids, _stripped(lens, made), strict=True))
+        acting = [] if processors is None else list(processors(batch))
+        made = lens.generate(batch, edits_of(batch), max_new_tokens=max_new_tokens, logits_processor=acting or None)
+        found |= dict(zip(ids, _stripped(lens, made.texts), strict=True))
+        if watch is not None:
+            watch(batch, made)
         if progress is not None:
             progress(len(ids))
     return found
@@ -93,6 +102,7 @@ def answer_questions(
     max_new_tokens: int = 8,
     batch_size: int = 8,
     edits: Edits = (),
+    processors: Processors | None = None,
     chat: bool | None = None,
     progress: Progress | None = None,
 ) -> Answers:
@@ -107,6 +117,8 @@ def answer_questions(
         batch_size: questions in one run of the model.
         edits: from `interp.edits` or `interp.steering`, active in the prompt and in every step; or a function that
             makes them for a batch, called once for each as it is run, where they depend on its samples.
+        processors: makes transformers `LogitsProcessor`s for a batch. p(yes) is of what they make of the logits; of one
+            with a method `uncut` (those of `interp.steering`) without its cut-off, which would leave 0 and 1.
         chat: whether to use the processor's chat template (see `image_prompt`).
         progress: called after each batch with the number of its questions.
 
@@ -135,11 +147,14 @@ def answer_questions(
         prompts = [image_prompt(lens, prompt.replace("{question}", row.text), chat=chat) for row in rows]
         pictures = {image: known.image(lens, image) for image in dict.fromkeys(row.image for row in rows)}
         batch = lens.prepare(prompts, [pictures[row.image] for row in rows], padding_side="left")
-        changes = edits_of(batch)
-        last = lens.run(batch, ["logits@last"], changes).logits[:, -1].double().cpu()
+        changes, acting = edits_of(batch), [] if processors is None else list(processors(batch))
+        last = lens.run(batch, ["logits@last"], changes).logits[:, -1].double()
+        for one in acting:
+            last = getattr(one, "uncut", one)(batch.inputs["input_ids"], last)
+        last = last.cpu()
         share = torch.sigmoid(last[:, yes].logsumexp(-1) - last[:, no].logsumexp(-1))
         chance |= dict(zip(ids, share.tolist(), strict=True))
-        made = lens.generate(batch, changes, max_new_tokens=max_new_tokens).texts
+        made = lens.generate(batch, changes, max_new_tokens=max_new_tokens, logits_processor=acting or None).texts
         texts |= dict(zip(ids, _stripped(lens, made), strict=True))
         if progress is not None:
             progress(len(ids))

@@ -14,19 +14,20 @@ scores answer to the direction in ways of their own.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.edits import Edit, splice
+from interp.edits import Edit, Where
 from interp.errors import EditError, InputError, SettingsError, UnsupportedError, unknown
 from interp.headlist import HeadList, Heads, check_model
 from interp.heads.chosen import Pairs, chosen_heads, head_mask
 from interp.heads.common import head_grid
 from interp.lens import Lens
-from interp.reads import Positions
+from interp.reads import Positions, Read
 from interp.scores import HeadScores
 
 Matched = Literal["layer", "nearest", "none"]
@@ -124,16 +125,23 @@ def _draw(counts: list[int], free: Grid, matched: Matched, generator: torch.Gene
 
 
 def norm_matched(
-    lens: Lens, heads: Heads, scale: float, *, positions: Positions = "all", tower: str | None = None
+    lens: Lens,
+    heads: Heads | Bool[Tensor, "batch layer head"],
+    scale: float,
+    *,
+    positions: Positions = "all",
+    tower: str | None = None,
 ) -> list[Edit]:
     """Scale heads, and bring what each layer's attention adds back to the size that it would have had.
 
     The size is reckoned from the run itself, for the stream that really enters the layer, so the edits serve runs and
-    generation alike. Where nothing is left to scale (all heads removed, no bias) it stays zero.
+    generation alike. Where nothing is left to scale (all heads removed, no bias) it stays zero. A sample without chosen
+    heads in a layer is left as it is there, bit for bit.
 
     Args:
         lens: a model whose output projections are ordinary matrices.
-        heads: (layer, head) pairs, or a frame with these columns.
+        heads: (layer, head) pairs, or a frame with these columns; or each sample's own heads [batch, layer, head], as
+            in `VisionHeads.chosen`: the edits are then for that batch.
         scale: what their outputs are multiplied with.
         positions: where.
         tower: None for that of the list, or the main one.
@@ -142,36 +150,60 @@ def norm_matched(
         Two edits for each layer, to be used in this order.
 
     Raises:
-        EditError: no list of heads, one from another model or tower, or a scale that is not finite.
+        EditError: no list of heads, one from another model or tower, or a scale that is not finite. In a run, when the
+            heads are of a batch of another size.
         UnknownNameError: a head does not exist.
+        InputError: heads of samples that are no bools for every layer and head.
         UnsupportedError: a layer's projection is quantised or was not found, or what lies behind it is not linear.
     """
-    if not -float("inf") < scale < float("inf"):
+    if not math.isfinite(scale):
         raise EditError(f"norm_matched: the scale must be finite, got {scale}.")
-    pairs, name = chosen_heads(lens, heads, tower=tower, what="norm_matched")
+    if isinstance(heads, Tensor):
+        _, counts, valid = head_grid(lens, tower)
+        name, grid = tower, heads
+        if grid.dtype != torch.bool or grid.ndim != 3 or grid.shape[1:] != valid.shape:
+            raise InputError(
+                f"norm_matched: heads of samples are bools [batch, {valid.shape[0]}, {valid.shape[1]}], found "
+                f"{str(grid.dtype).removeprefix('torch.')} {list(grid.shape)}."
+            )
+    else:
+        pairs, name = chosen_heads(lens, heads, tower=tower, what="norm_matched")
+        _, counts, valid = head_grid(lens, name)
+        grid = head_mask(pairs, valid)[None]
     if scale == 1:
         return []
     found, kind = lens.anatomy.tower(name)
     if kind == "cross":
         raise UnsupportedError("norm_matched is not defined for cross-attention.")
     out: list[Edit] = []
-    for layer, mine in HeadList(tuple(pairs)).by_layer.items():
-        block, sizes = found.layers[layer], {}
+    for layer in grid.any(2).any(0).nonzero()[:, 0].tolist():
         lens.anatomy.attention(name, layer, "result").weight()  # says why there is none
-
-        def scaled(z: Tensor, block=block, mine=mine, sizes=sizes) -> Tensor:
-            # Without a stream to be added to, what attention adds is all there is.
-            added = block.linear(z, z.new_zeros(*z.shape[:2], found.d_model), {}, until="attn").attention
-            sizes["old"] = added.norm(dim=-1, keepdim=True)
-            new = z.clone()
-            new[:, :, list(mine)] *= scale
-            return new
-
-        def restored(added: Tensor, sizes=sizes) -> Tensor:
-            size = added.float().norm(dim=-1, keepdim=True)
-            factor = torch.where(size > 0, sizes.pop("old") / size.clamp_min(torch.finfo(size.dtype).tiny), 1.0)
-            return (added.float() * factor).to(added)
-
-        out += splice(scaled, site="z", layers=layer, positions=positions, tower=name)
-        out += splice(restored, site="attn_out", layers=layer, positions=positions, tower=name)
+        change = _SizeKept(found.layers[layer], found.d_model, grid[:, layer, : counts[layer]], scale)
+        for site, function in (("z", change.scaled), ("attn_out", change.restored)):
+            out.append(Edit(Read(site, layers=(layer,), positions=positions, tower=name), function, "norm_matched"))
     return out
+
+
+class _SizeKept:
+    """The two changes of one layer: heads are scaled, then the size of what attention adds is put back."""
+
+    def __init__(self, block: Any, width: int, chosen: Bool[Tensor, "batch head"], scale: float) -> None:
+        self.block, self.width, self.chosen, self.scale = block, width, chosen, scale
+        self.sizes: dict[int, Float[Tensor, "batch pos 1"]] = {}
+
+    def scaled(self, z: Float[Tensor, "batch pos head d_head"], where: Where) -> Tensor:
+        chosen = self.chosen.to(z.device)
+        if len(chosen) not in (1, len(z)):
+            raise EditError(f"norm_matched: heads of {len(chosen)} samples do not fit {len(z)}.")
+        # Without a stream to be added to, what attention adds is all there is.
+        nothing = z.new_zeros(*z.shape[:2], self.width)
+        added = self.block.linear(z, nothing, {}, until="attn").attention
+        self.sizes[where.copy] = added.float().norm(dim=-1, keepdim=True)
+        return torch.where(chosen[:, None, :, None], z * self.scale, z)
+
+    def restored(self, added: Float[Tensor, "batch pos d_model"], where: Where) -> Tensor:
+        wide = added.float()
+        size = wide.norm(dim=-1, keepdim=True)
+        factor = self.sizes.pop(where.copy) / size.clamp_min(torch.finfo(size.dtype).tiny)
+        new = (wide * torch.where(size > 0, factor, 1.0)).to(added)
+        return torch.where(self.chosen.to(added.device).any(1)[:, None, None], new, added)

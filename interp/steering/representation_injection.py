@@ -108,10 +108,10 @@ def _injection(
         return []
     taken, aimed = plan(usable, min(sources, len(able)), min(targets, len(able)))
     rate = {layer: float(rates[layer]) for layer in taken}
-    carried: dict[str, Any] = {}
+    every: dict[int, dict[str, Any]] = {}
 
     def change(value: Tensor, where: Where) -> Tensor:
-        layer = where.layer
+        layer, carried = where.layer, every.setdefault(where.copy, {})
         wide = value.to(torch.promote_types(value.dtype, torch.float32))
         new = value
         if layer in aimed and layer > taken[0]:

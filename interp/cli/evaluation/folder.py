@@ -20,8 +20,16 @@ KIND = Kind(
     "interp-evaluate-run",
     "interp evaluate",
     frozenset({"fingerprint", "settings", "complete"}),
-    ("settings.yaml", *TEXTS.values(), "questions.jsonl", "results.parquet", "numbers.parquet", "report.html"),
-    ("scores", "examples"),
+    (
+        "settings.yaml",
+        *TEXTS.values(),
+        "questions.jsonl",
+        "results.parquet",
+        "numbers.parquet",
+        "report.html",
+        "comparison.parquet",
+    ),
+    ("scores", "examples", "runs"),
 )
 
 

@@ -39,13 +39,17 @@ def write_page(folder: EvaluationFolder) -> Path:
     Raises:
         FileError: the scores are missing or damaged.
     """
-    scores = folder.scores()
     settings = folder.settings
+    if settings.compares:
+        from interp.cli.evaluation.comparison_page import write_comparison
+
+        return write_comparison(folder)
+    scores = folder.scores()
     task = settings.task.upper()
     what = settings.model or Path(str(settings.texts)).name
     if settings.acts:
-        random = " with random heads" if settings.control else ""
-        what = f"{what}, {settings.intervention}{random} at strength {settings.force:g}"
+        control = f" ({settings.control} control)" if settings.control else ""
+        what = f"{what}, {settings.intervention}{control} at strength {settings.force:g}"
     sections = [
         Section("Numbers", [Text(_first(scores)), Table(_numbers(scores), _caption(scores)), _figure(scores)]),
         Section("How to read them", [Text(CHAIR_TEXT if isinstance(scores, ChairScores) else POPE_TEXT)]),

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,8 +11,9 @@ import typer
 from interp.cli.console import load, progress, table
 from interp.cli.evaluation.data import Data, load_data, png
 from interp.cli.evaluation.folder import EvaluationFolder
-from interp.cli.evaluation.intervention import Maker, first_prompts, intervention
+from interp.cli.evaluation.intervention import Acting, Maker, intervention
 from interp.cli.evaluation.page import examples, write_page
+from interp.cli.evaluation.probing import Probe, probe_of
 from interp.cli.evaluation.settings import EvaluateSettings
 from interp.errors import FileError
 from interp.evaluation import (
@@ -21,6 +21,7 @@ from interp.evaluation import (
     PopeScores,
     answer_questions,
     caption_images,
+    caption_surprise,
     chair,
     pope,
     read_answers,
@@ -49,11 +50,11 @@ def run_evaluation(
         InterpError: something asked for does not fit the model, the data or the folder.
     """
     data = load_data(settings)
-    content = {"data": data.sha256}
-    if settings.texts is not None:
-        content["texts"] = _digest(settings.texts)
-    elif data.images is not None:
-        content["images"] = data.images.digest()
+    content = content_of(settings, data)
+    if settings.compares:
+        from interp.cli.evaluation.comparison import run_comparison
+
+        return run_comparison(settings, data, content, out, overwrite=overwrite)
     given = None if settings.texts is None else given_rows(settings, data)
     folder = EvaluationFolder.open(out, settings, content, overwrite=overwrite)
     if folder.record["complete"]:
@@ -62,14 +63,11 @@ def run_evaluation(
     if data.questions:
         write_questions(folder.path / "questions.jsonl", data.questions)
     if given is None:
-        _ask(folder, data)
+        ask(folder, data, Loaded(settings))
     else:
         folder.texts.unlink(missing_ok=True)
         folder.append(given)
-    scores = _score(folder, data)
-    scores.save(folder.path / "scores")
-    write_parquet(folder.path / "results.parquet", scores.frame())
-    write_parquet(folder.path / "numbers.parquet", scores.summary())
+    scores = keep_scores(folder, data)
     if data.images is not None:
         for number, one in enumerate(examples(scores, settings.examples)):
             write_bytes(folder.path / "examples" / f"{number}.png", png(data.images[one]))
@@ -79,6 +77,41 @@ def run_evaluation(
     write_page(folder)
     folder.note(complete=True)
     return folder
+
+
+def content_of(settings: EvaluateSettings, data: Data) -> dict[str, str]:
+    """The sha256 of everything that the files hold, by name."""
+    content = {"data": data.sha256}
+    if settings.texts is not None:
+        content["texts"] = _digest(settings.texts)
+    elif data.images is not None:
+        content["images"] = data.images.digest()
+    return content
+
+
+def keep_scores(folder: EvaluationFolder, data: Data) -> "ChairScores | PopeScores":
+    """Score the texts in a folder, and write the scores and their tables."""
+    scores = _score(folder, data)
+    scores.save(folder.path / "scores")
+    write_parquet(folder.path / "results.parquet", scores.frame())
+    write_parquet(folder.path / "numbers.parquet", scores.summary())
+    return scores
+
+
+class Loaded:
+    """The model of a run, loaded when it is first needed."""
+
+    def __init__(self, settings: EvaluateSettings) -> None:
+        self.settings = settings
+        self.found: Lens | None = None
+
+    @property
+    def lens(self) -> "Lens":
+        """The model."""
+        if self.found is None:
+            typer.echo(f"loading {self.settings.model} ...")
+            self.found = load(self.settings.model, device=self.settings.device, dtype=self.settings.dtype)
+        return self.found
 
 
 def given_rows(settings: EvaluateSettings, data: Data) -> list[Row]:
@@ -98,9 +131,26 @@ def given_rows(settings: EvaluateSettings, data: Data) -> list[Row]:
     return [{"id": one, "answer": text} | ({"p_yes": more[one]} if more else {}) for one, text in answers.items()]
 
 
-def _ask(folder: EvaluationFolder, data: Data) -> None:
-    """Get from the model what is not in the folder yet, batch by batch."""
-    settings = folder.settings
+def ask(
+    folder: EvaluationFolder,
+    data: Data,
+    loaded: Loaded,
+    *,
+    probe: Probe | None = None,
+    name: str | None = None,
+    surprise: bool = False,
+) -> None:
+    """Get from the model what is not in the folder yet, batch by batch.
+
+    Args:
+        folder: of the run.
+        data: what it is about.
+        loaded: the model.
+        probe: what interventions are estimated on, where several runs share it.
+        name: what the run is called on the console; None for its task.
+        surprise: whether to keep beside each caption what it costs under the model as it is.
+    """
+    settings, name = folder.settings, name or folder.settings.task
     key = "image" if settings.task == "chair" else "id"
     done = {row[key] for row in folder.done()}
     images = data.images
@@ -108,45 +158,52 @@ def _ask(folder: EvaluationFolder, data: Data) -> None:
     wanted = list(images) if settings.task == "chair" else [question.id for question in data.questions]
     todo = [one for one in wanted if one not in done]
     if done:
-        typer.echo(f"{settings.task}: {len(done)} of {len(wanted)} are in {folder.path} already.")
+        typer.echo(f"{name}: {len(done)} of {len(wanted)} are in {folder.path} already.")
     if not todo:
         return
-    typer.echo(f"loading {settings.model} ...")
-    lens = load(settings.model, device=settings.device, dtype=settings.dtype)
+    lens = loaded.lens
     device = str(next(lens.model.parameters()).device)
     dtype = str(lens.dtype).removeprefix("torch.")
     folder.note(model={"device": device, "dtype": dtype, "class": type(lens.model).__name__})
-    probe = partial(first_prompts, lens, data.prompt, images, data.questions, settings.chat)
-    acting = intervention(lens, settings, probe)
-    ask = (_captioner if settings.task == "chair" else _answerer)(lens, settings, data, acting)
+    acting = intervention(lens, settings, probe or probe_of(settings, data))
+    chair = settings.task == "chair"
+    asked = _captioner(lens, settings, data, acting, surprise) if chair else _answerer(lens, settings, data, acting)
     start, size = time.perf_counter(), settings.batch_size
     with progress() as bar:
-        task = bar.add_task(settings.task, total=len(wanted), completed=len(done))
+        task = bar.add_task(name, total=len(wanted), completed=len(done))
         for at in range(0, len(todo), size):
             chunk = todo[at : at + size]
-            folder.append(ask(chunk))
+            folder.append(asked(chunk))
             bar.advance(task, len(chunk))
     seconds = folder.record.get("seconds", 0.0) + time.perf_counter() - start
     folder.note(seconds=round(seconds, 2))
-    typer.echo(f"{settings.task}: {len(todo)} {'images' if settings.task == 'chair' else 'questions'}, {seconds:.1f} s")
+    typer.echo(f"{name}: {len(todo)} {'images' if chair else 'questions'}, {seconds:.1f} s")
 
 
 def _captioner(
-    lens: "Lens", settings: EvaluateSettings, data: Data, acting: Maker | None
+    lens: "Lens", settings: EvaluateSettings, data: Data, acting: Maker | None, surprise: bool
 ) -> Callable[[list[str]], list[Row]]:
     images: Mapping[str, Any] = data.images or {}
 
     def ask(chunk: list[str]) -> list[Row]:
+        made, costs = Acting() if acting is None else acting(chunk), []
         found = caption_images(
             lens,
             {one: images[one] for one in chunk},
             prompt=data.prompt,
             max_new_tokens=settings.longest,
             batch_size=settings.batch_size,
-            edits=() if acting is None else acting(chunk),
+            edits=made.edits,
+            processors=made.processors,
             chat=settings.chat,
+            watch=lambda batch, said: (
+                costs.extend(caption_surprise(lens, batch, said.tokens).tolist()) if surprise else None
+            ),
         )
-        return [{"image": one, "caption": text} for one, text in found.items()]
+        rows: list[Row] = [{"image": one, "caption": text} for one, text in found.items()]
+        for row, (nats, tokens) in zip(rows, costs, strict=False):
+            row |= {"nats": nats, "tokens": int(tokens)}
+        return rows
 
     return ask
 
@@ -158,6 +215,7 @@ def _answerer(
     questions = {question.id: question for question in data.questions}
 
     def ask(chunk: list[str]) -> list[Row]:
+        made = Acting() if acting is None else acting(chunk)
         found = answer_questions(
             lens,
             [questions[one] for one in chunk],
@@ -165,7 +223,8 @@ def _answerer(
             prompt=data.prompt,
             max_new_tokens=settings.longest,
             batch_size=settings.batch_size,
-            edits=() if acting is None else acting(chunk),
+            edits=made.edits,
+            processors=made.processors,
             chat=settings.chat,
         )
         return [{"id": one, "answer": found.texts[one], "p_yes": found.yes_probability[one]} for one in chunk]
@@ -224,7 +283,12 @@ def _digest(path: str) -> str:
 
 
 def show_numbers(folder: EvaluationFolder) -> None:
-    """Print every number with its interval."""
+    """Print every number with its interval; of a comparison a row for each run."""
+    if folder.settings.compares:
+        from interp.cli.evaluation.comparison import show_comparison
+
+        show_comparison(folder)
+        return
     scores = folder.scores()
     rows = []
     for row in scores.summary().to_dict("records"):

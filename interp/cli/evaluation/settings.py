@@ -2,21 +2,27 @@
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as rows
 from pathlib import Path
 from typing import Any
 
 from interp.cli import fields
 from interp.cli.fields import setting
-from interp.errors import SettingsError
+from interp.errors import SettingsError, unknown
 
 TASKS = ("chair", "pope")
 NEGATIVES = ("random", "popular", "adversarial")
 PARSERS = ("robust", "compat")
-STRENGTHS = {"vhr": 2.0, "var": 0.4}
+STRENGTHS = {"vhr": 2.0, "iri": 0.26, "var": 0.4, "edit": 2.0, "vcd": 1.0, "m3id": 0.02, "avisc": 1.0}
 """The interventions, each with its usual strength."""
+
+NOTHING = {"vhr": 1.0, "edit": 1.0}
+"""The strength that changes nothing, where it is not 0."""
+
+CONTROLS = {"vhr": ("random", "norm"), "iri": ("random",), "edit": ("random", "norm"), "avisc": ("random",)}
+DOSES = (0.0, 0.5, 1.0, 2.0)
 
 VOCABULARIES = ("auto", "coco", "closed")
 FILES = ("images", "annotations", "reference_captions", "captions", "answers", "questions")
@@ -70,16 +76,28 @@ class EvaluateSettings:
         None, "longest text in tokens; null for 64 (captions) or 8 (answers)", kind=int, least=1
     )
     intervention: str | None = setting(
-        None, "what acts on the model: vhr (vision-aware heads made louder) or var (attention moved off sinks)",
-        choices=STRENGTHS, named=True,
-    )  # fmt: skip
+        None,
+        "what acts on the model: vhr (heads that see, made louder), iri (early layers injected into later ones), var "
+        "(attention moved off sinks), edit (top heads scaled), or a contrast: vcd, m3id, avisc; several with commas "
+        "are compared",
+    )
     strength: float | None = setting(
         None,
-        "of the intervention; null for the usual one: 2 for vhr (1 changes nothing), 0.4 for var (0 changes nothing)",
+        "of one intervention; null for the usual one: 2 for vhr and edit (1 changes nothing), 0.26 for iri, 0.4 for "
+        "var, 1 for vcd and avisc, 0.02 for m3id (0 changes nothing)",
         kind=float,
     )
     control: str | None = setting(
-        None, "random: as many random heads of the same layers instead (vhr alone)", choices=("random",), named=True
+        None,
+        "what stands in for one intervention: random (as many random heads or image tokens; of iri the rates permuted "
+        "over layers) or norm (what attention adds keeps its size: vhr and edit)",
+        choices=("random", "norm"),
+        named=True,
+    )
+    doses: str | None = setting(
+        None,
+        "compare interventions at these doses, each beside its controls: 0 changes nothing, 1 is the usual strength "
+        "(several interventions: 0,0.5,1,2)",
     )
     batch_size: int = setting(16, "images or questions in one run of the model", least=1)
     seed: int = setting(0, "seed of every random choice", least=0)
@@ -107,20 +125,34 @@ class EvaluateSettings:
         self._check_source()
 
     def _check_intervention(self) -> None:
-        if self.intervention is None:
-            for name in ("strength", "control"):
+        names = self.names
+        if not names:
+            for name in ("strength", "control", "doses"):
                 if getattr(self, name) is not None:
                     raise SettingsError(f"{name} is for an intervention: give --intervention {' or '.join(STRENGTHS)}.")
             return
+        for name in names:
+            if name not in STRENGTHS:
+                raise unknown("intervention", name, STRENGTHS)
+        if len(set(names)) < len(names):
+            raise SettingsError(f"interventions are named once each, found {self.intervention}.")
         if self.texts is not None:
             raise SettingsError(f"{self.intervention} acts on a model, but a file is scored: leave out one of the two.")
-        if self.control is not None and self.intervention != "vhr":
-            raise SettingsError(
-                f"control {self.control} is for vhr, which chooses heads; {self.intervention} does not."
-            )
-        if not math.isfinite(self.force) or (self.intervention == "var" and not 0 <= self.force <= 1):
-            span = "lies between 0 and 1" if self.intervention == "var" else "is finite"
-            raise SettingsError(f"the strength of {self.intervention} {span}, found {self.force}.")
+        if self.compares:
+            for name in ("strength", "control"):
+                if getattr(self, name) is not None:
+                    raise SettingsError(
+                        f"{name} is of one intervention alone; a comparison has its doses and all controls."
+                    )
+            list(self.parts())  # each checks its own
+            return
+        if self.control is not None and self.control not in CONTROLS.get(names[0], ()):
+            able = " and ".join(name for name, controls in CONTROLS.items() if self.control in controls)
+            raise SettingsError(f"control {self.control} is for {able}, not for {names[0]}.")
+        bounds = {"var": (0.0, 1.0), "m3id": (0.0, math.inf)}.get(names[0])
+        if not math.isfinite(self.force) or (bounds and not bounds[0] <= self.force <= bounds[1]):
+            span = "lies between 0 and 1" if names[0] == "var" else "is finite" + (" and at least 0" if bounds else "")
+            raise SettingsError(f"the strength of {names[0]} {span}, found {self.force:g}.")
 
     def _check_source(self) -> None:
         coco = {"annotations": self.annotations, "images": self.images, "reference_captions": self.reference_captions}
@@ -171,8 +203,51 @@ class EvaluateSettings:
         return self.max_new_tokens or (64 if self.task == "chair" else 8)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The interventions."""
+        return () if self.intervention is None else tuple(name.strip() for name in self.intervention.split(","))
+
+    @property
+    def compares(self) -> bool:
+        """Whether several runs are compared."""
+        return self.doses is not None or len(self.names) > 1
+
+    @property
+    def given_doses(self) -> tuple[float, ...]:
+        """The doses of a comparison, in order.
+
+        Raises:
+            SettingsError: they are no finite numbers from 0 with commas between.
+        """
+        if self.doses is None:
+            return DOSES
+        try:
+            found = tuple(sorted({float(dose) for dose in self.doses.split(",")}))
+        except ValueError:
+            found = ()
+        if not found or not all(0 <= dose < math.inf for dose in found):
+            raise SettingsError(f"doses are numbers from 0 with commas between, such as 0,0.5,1,2; found {self.doses}.")
+        return found
+
+    def parts(self) -> Iterator["tuple[str, float, EvaluateSettings]"]:
+        """The runs of a comparison: each one's name, its dose, and its settings; the first is the model as it is.
+
+        Raises:
+            SettingsError: a dose is too large for an intervention.
+        """
+        plain = replace(self, intervention=None, doses=None, examples=0)
+        yield "plain", 0.0, plain
+        for name in self.names:
+            nothing = NOTHING.get(name, 0.0)
+            for dose in self.given_doses:
+                strength = nothing + dose * (STRENGTHS[name] - nothing)
+                for control in (None, *CONTROLS.get(name, ())) if dose else (None,):
+                    label = f"{name} {dose:g}" if control is None else f"{name} {control} {dose:g}"
+                    yield label, dose, replace(plain, intervention=name, strength=strength, control=control)
+
+    @property
     def force(self) -> float:
-        """The strength of the intervention."""
+        """The strength of one intervention."""
         return float(STRENGTHS[self.intervention or "vhr"] if self.strength is None else self.strength)
 
     @property
@@ -180,6 +255,8 @@ class EvaluateSettings:
         """What acts on the model, as it is recorded; empty where nothing does."""
         if self.intervention is None:
             return {}
+        if self.compares:
+            return {"intervention": ",".join(self.names), "doses": ",".join(f"{dose:g}" for dose in self.given_doses)}
         return {"intervention": self.intervention, "strength": self.force, "control": self.control}
 
     def hashed(self) -> dict[str, Any]:
