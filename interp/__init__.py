@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from interp import (
         attribution,
         data,
+        dictionaries,
         edits,
         errors,
         evaluation,
@@ -54,6 +55,7 @@ _HOME = {
 _MODULES = (
     "attribution",
     "data",
+    "dictionaries",
     "edits",
     "errors",
     "evaluation",
@@ -83,6 +85,7 @@ __all__ = [
     "__version__",
     "attribution",
     "data",
+    "dictionaries",
     "edits",
     "errors",
     "evaluation",

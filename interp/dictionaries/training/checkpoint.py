@@ -109,10 +109,9 @@ class Checkpoints:
                     f"{path / name} is missing or damaged (its sha256 is another). Remove {path} to go on from the "
                     f"checkpoint before it{', or begin anew' if len(steps) < 2 else ''}."
                 )
-        check_settings(
-            {**held["identity"], "processes": held["world"]}, {**self.identity, "processes": self.processes.world},
-            f"the checkpoint {path}",
-        )  # fmt: skip
+        if self.processes.first:  # the others' sources compare their own place
+            there = {**held["identity"], "processes": held["world"]}
+            check_settings(there, {**self.identity, "processes": self.processes.world}, f"the checkpoint {path}")
         rank = self.processes.rank
         _set_random(read_tensors(path / f"random-{rank:04d}.safetensors"))
         tensors = {name: read_tensors(path / f"dictionary-{name}.safetensors") for name in names}
