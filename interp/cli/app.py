@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from interp.cli import anatomy, attribute, check, demo, evaluate, heads, init, models, report, trace
+from interp.cli import anatomy, attribute, check, demo, evaluate, heads, init, models, report, trace, train
 from interp.cli.failure import OneLineGroup
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("inspect")(anatomy.inspect)
 app.command("heads")(heads.heads)
 app.command("attribute")(attribute.attribute)
 app.command("trace")(trace.trace)
+app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("init")(init.init)
 app.command("check")(check.check)

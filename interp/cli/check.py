@@ -17,6 +17,9 @@ def check(config: Annotated[Path, typer.Argument(help="A config such as `interp 
     if "task" in found:
         _check_evaluation(config)
         return
+    if "data" in found and "layer" in found:
+        _check_training(config)
+        return
     if _is_trace(found):
         _check_trace(config)
         return
@@ -47,6 +50,17 @@ def _check_evaluation(config: Path) -> None:
         given_rows(settings, data)
     what = f"{len(data.questions)} questions" if settings.task == "pope" else f"{len(data.objects)} images"
     typer.echo(f"{config}: usable. {settings.model or settings.texts}: {settings.task}; {what}.")
+
+
+def _check_training(config: Path) -> None:
+    from interp.cli.named import check_model
+    from interp.cli.training.settings import TrainRunSettings, read_config
+    from interp.data.corpora import corpus
+
+    settings = TrainRunSettings.of(read_config(config))
+    check_model(settings.model)
+    texts = corpus(settings.data, **settings.data_options())
+    typer.echo(f"{config}: usable. {settings.model}: layer {settings.layer}; {settings.architecture}; {texts!r}.")
 
 
 def _is_trace(found: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import typer
 
 from interp.errors import FileError, unknown
 
-KINDS = ("heads", "attribute", "trace", "chair", "pope")
+KINDS = ("heads", "attribute", "trace", "train", "chair", "pope")
 
 
 def init(
@@ -15,7 +15,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("run.yaml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write a commented config to edit, for `interp heads|attribute|trace|evaluate --config` and `interp check`."""
+    """Write a commented config to edit, for `interp heads|attribute|trace|train|evaluate` and `interp check`."""
     if kind not in KINDS:
         raise unknown("kind of config", kind, KINDS)
     if out.exists() and not overwrite:
@@ -26,6 +26,12 @@ def init(
     from interp.cli.tracing import settings as tracing
     from interp.files import write_text
 
+    if kind == "train":
+        from interp.cli.training.settings import template
+
+        write_text(out, template())
+        typer.echo(f"wrote {out}; edit it, then: interp check {out} && interp train sae --config {out} --out runs/sae")
+        return
     own = {"heads": settings.template, "attribute": attribution.template, "trace": tracing.template}
     write_text(out, own[kind]() if kind in own else evaluation.template(kind))
     command = kind if kind in own else f"evaluate {kind}"

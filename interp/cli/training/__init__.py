@@ -1,0 +1,1 @@
+"""`interp train`, in parts: settings, the run, its folder and page."""
