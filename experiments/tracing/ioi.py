@@ -17,7 +17,7 @@ import typer
 from scipy.stats import spearmanr
 
 import interp
-from experiments.records import Row, show
+from experiments.records import Row, record, show
 from experiments.tracing.tasks import batches, items
 from interp import heads, tracing
 
