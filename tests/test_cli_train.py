@@ -94,6 +94,9 @@ def test_several_dictionaries_are_those_of_the_library(llama, texts, tmp_path):
     page = (out / "report.html").read_text()
     assert "Unexplained variance" in page
     assert all(name in page for name in jobs)
+    (out / "report.html").unlink()
+    call("report", out)
+    assert (out / "report.html").read_text() == page
     record = json.loads((out / "run.json").read_text())
     assert record["dictionaries"][f"resid_post.{last}-standard"] == {"read": f"resid_post.{last}", "target": None}
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from interp.cli import anatomy, attribute, check, demo, evaluate, heads, init, models, report, trace, train
+from interp.cli.dictionaries import features
 from interp.cli.failure import OneLineGroup
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command("attribute")(attribute.attribute)
 app.command("trace")(trace.trace)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
+app.command("features")(features.features)
 app.command("init")(init.init)
 app.command("check")(check.check)
 app.command("report")(report.report)

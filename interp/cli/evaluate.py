@@ -1,13 +1,14 @@
-"""`interp evaluate`: score captions (CHAIR) or yes/no answers (POPE), into a run folder with a report."""
+"""`interp evaluate`: score captions (CHAIR), yes/no answers (POPE) or a dictionary, into a run folder with a report."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from interp.cli.dictionaries.command import evaluate_sae
 from interp.cli.evaluation.settings import help_of
 
-app = typer.Typer(help="Score what a vision-language model says about images.", no_args_is_help=True)
+app = typer.Typer(help="Score what a vision-language model says about images, or a dictionary.", no_args_is_help=True)
 
 Model = Annotated[str | None, typer.Argument(help=help_of("model"), show_default=False)]
 Data = Annotated[str | None, typer.Option("--data", help=help_of("data"))]
@@ -112,6 +113,9 @@ def pope(
     """
     options = {key: value for key, value in locals().items() if key not in ("out", "config", "overwrite")}
     _run("pope", options, out, config, overwrite)
+
+
+app.command("sae")(evaluate_sae)
 
 
 def _run(task: str, options: dict[str, Any], out: Path | None, config: Path | None, overwrite: bool) -> None:

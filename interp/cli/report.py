@@ -12,7 +12,7 @@ def report(
         typer.Argument(
             metavar="MODEL|FOLDER",
             help="A model (packaged, a local folder, a hub id), or a run folder of `interp heads`, `attribute`, "
-            "`trace` or `evaluate`.",
+            "`trace`, `train` or `evaluate`.",
         ),
     ],
     out: Annotated[
@@ -58,7 +58,12 @@ def report(
 def _rebuilt(folder: Path) -> Path:
     from interp.cli.folders import format_of
 
-    makers = {"interp-evaluate-run": _evaluation, "interp-attribute-run": _attribution, "interp-trace-run": _trace}
+    makers = {
+        "interp-evaluate-run": _evaluation,
+        "interp-attribute-run": _attribution,
+        "interp-trace-run": _trace,
+        "interp-train-run": _training,
+    }
     return makers.get(str(format_of(folder)), _heads)(folder)
 
 
@@ -102,6 +107,33 @@ def _trace(folder: Path) -> Path:
     run.write_tables()
     run.write_figures()
     return write_page(run)
+
+
+def _training(folder: Path) -> Path:
+    import pandas as pd
+
+    from interp.cli.training.page import write_page
+    from interp.cli.training.run import KIND
+    from interp.errors import FileError
+
+    record = KIND.read(folder)
+    if not (folder / "metrics.parquet").is_file():
+        raise FileError(f"{folder} holds no log yet; run the same `interp train` command again.")
+    return write_page(folder, record, pd.read_parquet(folder / "metrics.parquet"))
+
+
+def _dictionary(folder: Path) -> Path:
+    from interp.cli.dictionaries.page import write_page
+    from interp.cli.dictionaries.run import KIND, write_tables
+    from interp.dictionaries.evaluation import DictionaryScores
+    from interp.errors import FileError
+
+    record = KIND.read(folder)
+    if not record["complete"]:
+        raise FileError(f"{folder} is not complete; run the same `interp evaluate sae` command again.")
+    scores = DictionaryScores.load(folder / "scores")
+    write_tables(folder, scores)
+    return write_page(folder, record, scores)
 
 
 def _evaluation(folder: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 from interp.cli.attribution.agreement import agreement
 from interp.cli.attribution.folder import AttributionFolder, label, shown, targets_of
 from interp.cli.attribution.texts import QUESTIONS, SIGNED, TITLES, explanation, target_text
-from interp.cli.pictures import overlay, picture_of
+from interp.cli.pictures import picture_of
 from interp.figures import ranked_bars
 from interp.files import write_parquet
 from interp.palette import DIVERGING, SEQUENTIAL
@@ -24,6 +24,7 @@ from interp.report import (
     Section,
     Table,
     Text,
+    overlay,
     write_report,
 )
 from interp.token_figures import QUIET, chips_of, colours, inks, text_range

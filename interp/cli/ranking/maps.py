@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from interp.cli.pictures import keep_picture, overlay, picture_of
+from interp.cli.pictures import keep_picture, picture_of
 from interp.cli.prompts import images_of, prepared
 from interp.cli.ranking.folder import RunFolder
 from interp.errors import InterpError
 from interp.files import read_json, write_bytes, write_json
-from interp.report import Panel, Scale
+from interp.report import Panel, Scale, overlay
 
 if TYPE_CHECKING:
     import pandas as pd

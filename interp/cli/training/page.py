@@ -23,12 +23,11 @@ def write_page(folder: Path, record: Mapping[str, Any], metrics: "pd.DataFrame")
     """Write `report.html`."""
     settings = record["settings"]
     last: Any = metrics.groupby("dictionary", sort=False).last().reset_index()
-    shown = ["dictionary", "step", "tokens", "fvu", "l0", "dead", "loss", "tokens_per_second"]
+    shown = ["dictionary", "step", "fvu", "l0", "dead", "loss"]
     target = {name: row["target"] for name, row in record["dictionaries"].items() if row["target"]}
     text = (
         f"{len(last)} dictionaries, trained on the same {int(last['tokens'].max()):,} tokens. The numbers are those of "
-        "single batches, whose tokens were trained on in the same step; `interp evaluate sae FOLDER/NAME` measures on "
-        "other text, and what the model loses with the reconstruction in the place of the activations."
+        "single batches, whose tokens were trained on in the same step: for numbers to report, measure on other text."
     )
     blocks: list[Any] = [Text(text), Table(last[shown], "The last logged batch.")]
     if target:

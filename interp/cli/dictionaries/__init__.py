@@ -1,0 +1,1 @@
+"""What `interp evaluate sae` does."""
