@@ -159,8 +159,8 @@ def main(count: Annotated[int, typer.Option("--pairs", min=1)] = 40) -> None:
             "found, but not in it": int((~inside & hit).sum()),
             "largest error of a value": f"{abs(true - found).max():.0e}",
         }
-        row["found by attribution"] = "–" if shorter else int((inside & guessed).sum())
-        row["by attribution, but not in it"] = "–" if shorter else int((~inside & guessed).sum())
+        row["found by attribution"] = "-" if shorter else int((inside & guessed).sum())
+        row["by attribution, but not in it"] = "-" if shorter else int((~inside & guessed).sum())
         tables["circuits"].append(row)
         depth = len(lens.anatomy.towers["text"].layers)
         names = {where: name for name, where in SUBLAYERS[program].items()}

@@ -62,6 +62,7 @@ def _rebuilt(folder: Path) -> Path:
         "interp-evaluate-run": _evaluation,
         "interp-attribute-run": _attribution,
         "interp-trace-run": _trace,
+        "interp-evaluate-sae-run": _dictionary,
         "interp-train-run": _training,
     }
     return makers.get(str(format_of(folder)), _heads)(folder)
