@@ -297,7 +297,8 @@ def patch(
                 f"patch: the value has shape {tuple(given.shape)}, but {site!r} at layer {where.layer} is "
                 f"{tuple(old.shape)} there."
             )
-        return given.to(old).expand_as(old)
+        # A copy: some models add to what they get in place, and the value is the caller's.
+        return given.to(old).expand_as(old).clone()
 
     read = Read(site, layers=layer, heads=heads, positions=positions, tower=tower)  # type: ignore[arg-type]
     if read.row.per_layer and (read.layers is None or len(read.layers) != 1):
@@ -449,6 +450,6 @@ def splice(
 
     def change(value: Tensor, where: Where) -> Tensor:
         f = function[where.layer] if isinstance(function, Mapping) else function
-        return f(value)
+        return f(value).clone()  # may be the caller's own tensor, and some models add to what they get in place
 
     return _at("splice", site, change, None, layers, heads, positions, tower)

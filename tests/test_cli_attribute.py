@@ -28,11 +28,10 @@ from interp.cli.attribution.folder import AttributionFolder
 from interp.cli.attribution.settings import METHODS, OPTIONS, AttributeSettings, read_config, template
 from interp.cli.attribution.texts import QUESTIONS, TITLES, explanation
 from interp.cli.named import named_methods
-from interp.cli.pictures import overlay
 from interp.data import read_prompts
 from interp.errors import FileError, InputError, SettingsError, UnknownNameError
 from interp.evaluation.agreement import agreement as correlation
-from interp.report import Panel, Panels, Scale, Section, write_report
+from interp.report import Panel, Panels, Scale, Section, overlay, write_report
 from interp.tokens import TokenScores
 from tests.conftest import packaged
 from tests.zoo import build, processor

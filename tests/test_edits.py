@@ -252,3 +252,18 @@ def test_edits_of_generated_rows_act_in_generation_alone():
     both = [made, edits.Edit(interp.Read("pattern", layers=(1,), positions=(-2,)), note, "note")]
     lens.generate(batch, both, max_new_tokens=2, min_new_tokens=2)
     assert seen == [[[4], [4]], [[6], [6]]]
+
+
+@pytest.mark.parametrize("name", ["falcon", "llama"])
+def test_values_of_the_caller_stay_as_they_are(name):
+    """Falcon adds to what its MLP gives in place; the second run must get what the first one got."""
+    lens = interp.wrap(build(name), name=name)
+    batch = lens.prepare(input_ids=[[5, 6, 7, 8]])
+    value = lens.run(batch, "mlp_out.0")["mlp_out", 0].clone()
+    kept = value.clone()
+    one = lens.run(batch, "logits", edits.patch("mlp_out", value, layer=0)).logits
+    assert torch.equal(value, kept)
+    two = lens.run(batch, "logits", edits.splice(lambda _: value, site="mlp_out", layers=0)).logits
+    assert torch.equal(value, kept)
+    assert torch.equal(one, two)
+    assert torch.equal(one, lens.run(batch, "logits").logits)

@@ -15,7 +15,9 @@ from interp.report.blocks import (
     Table,
     Text,
 )
+from interp.report.features import feature_sections, write_feature_page
 from interp.report.heads import head_sections
+from interp.report.heatmap import overlay
 from interp.report.page import write_report
 
 __all__ = [
@@ -32,6 +34,9 @@ __all__ = [
     "Section",
     "Table",
     "Text",
+    "feature_sections",
     "head_sections",
+    "overlay",
+    "write_feature_page",
     "write_report",
 ]

@@ -136,7 +136,7 @@ def _write(
     examples: int,
 ) -> Path:
     from interp.dictionaries.features import detection_score, explain, fuzzing_score, logit_effects, neighbours
-    from interp.errors import UnsupportedError
+    from interp.errors import InputError, UnsupportedError
     from interp.files import write_parquet
     from interp.report import write_feature_page
 
@@ -147,8 +147,14 @@ def _write(
     except UnsupportedError as error:
         effects = None
         typer.echo(f"no logit effects: {error}", err=True)
-    lines = None if chat is None else explain(found, chat)
-    scores = [] if chat is None or not lines else [f(found, lines, chat) for f in (detection_score, fuzzing_score)]
+    lines, scores = None, []
+    if chat is not None:
+        lines = explain(found, chat)
+        for score in (detection_score, fuzzing_score):
+            try:
+                scores.append(score(found, lines, chat))
+            except InputError as error:
+                typer.echo(f"no score: {error}", err=True)
     found.save(out / "contexts")
     frame = found.frame()
     for score in scores:

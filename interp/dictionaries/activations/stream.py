@@ -48,6 +48,7 @@ class ActivationStream:
 
     Attributes:
         reads: the names in what it hands out, one for each layer, such as `resid_post.10`.
+        inputs: what the model was given for the contexts that were handed out last; None before the first.
 
     Raises:
         UnknownNameError: a site, layer or head does not exist.
@@ -94,11 +95,17 @@ class ActivationStream:
         self._place = place
         self._coming: Iterator[Context] | None = None
         self._useful = place != Place()
+        self.inputs: Batch | None = None
 
     @property
     def d_in(self) -> dict[str, int]:
         """Width of each read."""
         return dict(self._d_in)
+
+    @property
+    def special(self) -> list[int]:
+        """Ids of tokens that are never used: special ones, and what stands around contexts and between documents."""
+        return list(self._packer.special)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,11 +139,12 @@ class ActivationStream:
                 raise InputError(f"the corpus holds no usable token: {self.corpus!r} with {self.packing}.")
             if not chunk:
                 raise StopIteration
-            out = self._contexts_of(chunk, self._prepare(chunk))
+            inputs = self._prepare(chunk)
+            out = self._contexts_of(chunk, inputs)
         except BaseException:
             self._coming = None  # so that a next attempt begins where this one did
             raise
-        self._place = chunk[-1].after
+        self._place, self.inputs = chunk[-1].after, inputs
         self._useful = self._useful or bool(out.mask.any())
         return out
 
