@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.steering [--rounds 9] [--width 512]
 
 On `scenes` (captions of eight pictures), and on a random LLaVA of 12 layers with 576 image tokens. Times hold all: the
-choice of heads, the prompt and every decoding step.
+prompt, every decoding step and, but for one row, the choice of heads.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ def contestants(lens: interp.Lens, batch: Batch) -> dict[str, Callable[[], objec
         made = steering.attention_redistribution(lens, batch, dimensions=(3,), tau=1.5)
         return lens.generate(batch, made, **options)
 
+    before = steering.vision_heads(lens, batch)
     return {
         "plain": lambda: lens.generate(batch, **options),
         "VHR": reinforced,
+        "VHR, heads chosen before": lambda: lens.generate(batch, before.edits(2.0), **options),
         "VHR, the prompt read twice": lambda: lens.generate(
             batch, steering.vision_reinforcement(lens, batch), **options
         ),
