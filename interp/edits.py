@@ -450,6 +450,8 @@ def splice(
 
     def change(value: Tensor, where: Where) -> Tensor:
         f = function[where.layer] if isinstance(function, Mapping) else function
-        return f(value).clone()  # may be the caller's own tensor, and some models add to what they get in place
+        out = f(value)
+        # A copy: it may be the caller's own tensor, and some models add to what they get in place.
+        return out.clone() if isinstance(out, Tensor) else out
 
     return _at("splice", site, change, None, layers, heads, positions, tower)

@@ -262,8 +262,10 @@ def test_generation_refuses_what_it_cannot_do(lens, batch):
         lens.generate(batch, temperature=0.5)
     with pytest.raises(SettingsError, match="seed"):
         lens.generate(batch, do_sample=True)
-    with pytest.raises(TypeError, match="num_beams"):
-        lens.generate(batch, num_beams=3)  # type: ignore[call-arg]
+    with pytest.raises(SettingsError, match="num_beams"):
+        lens.generate(batch, num_beams=0)
+    with pytest.raises(SettingsError, match="beams"):
+        lens.generate(batch, num_beams=3, reads="z.0")
     encoder = interp.wrap(build("bert"))
     with pytest.raises(UnsupportedError, match="does not generate"):
         encoder.generate(encoder.prepare(input_ids=torch.full((1, 4), 70)))

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import threading
 import time
 
 import pytest
@@ -517,7 +516,7 @@ def test_errors_come_where_they_happened(llama, depth, error):
     later = stream(llama)
     later.restore(state)
     same(next(later), wanted[3])
-    assert not [t for t in threading.enumerate() if t.name == "interp-prefetch"]
+    assert source._thread is None or not source._thread.is_alive()
 
 
 def test_the_state_is_that_of_what_was_handed_out(llama):
@@ -533,7 +532,7 @@ def test_the_state_is_that_of_what_was_handed_out(llama):
         assert source.source.state().values == before
     source.close()
     source.close()
-    assert not [t for t in threading.enumerate() if t.name == "interp-prefetch"]
+    assert source._thread is None or not source._thread.is_alive()
     buffer = MixingBuffer(stream(llama), rows=20, batch=4)
     next(buffer)
     with pytest.raises(SettingsError, match="in front of the buffer"):
