@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import interp
+from experiments.benchmarks.peers import hooked_transformer
 from experiments.benchmarks.rounds import interleaved, record, show
 from interp.data import corpus
 from interp.dictionaries.activations import (
@@ -35,38 +36,6 @@ from interp.dictionaries.activations import (
 )
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-def hooked_transformer(lens: interp.Lens) -> Any:
-    """A HookedTransformer with the model's weights, which is what SAELens trains on by default."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
-
-    c: Any = lens.model.config
-    config = HookedTransformerConfig(
-        n_layers=c.num_hidden_layers,
-        d_model=c.hidden_size,
-        n_ctx=2048,
-        d_head=c.head_dim,
-        n_heads=c.num_attention_heads,
-        n_key_value_heads=c.num_key_value_heads,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        act_fn="silu",
-        normalization_type="RMS",
-        positional_embedding_type="rotary",
-        rotary_dim=c.head_dim,
-        rotary_base=int(c.rope_parameters["rope_theta"]),
-        final_rms=True,
-        gated_mlp=True,
-        eps=c.rms_norm_eps,
-        original_architecture="LlamaForCausalLM",
-        device="cpu",
-    )
-    model = HookedTransformer(config)
-    model.load_state_dict(convert_llama_weights(lens.model, config), strict=False)
-    model.set_tokenizer(copy.deepcopy(lens.processor))
-    return model
 
 
 def sae_lens_store(model: Any, hook: str, texts: list[str], width: int, batch: int, context: int, rows: int) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import interp
+from experiments.benchmarks.peers import hooked_transformer
 from experiments.benchmarks.rounds import interleaved, peak_bytes, record, show
 from interp.data.prompts import repeated_tokens
 
@@ -47,9 +48,7 @@ def peers(lens: interp.Lens, ids: torch.Tensor) -> dict[str, Callable[[], object
 
     found["nnsight: 4 sites of every layer"] = saves
     wanted = {f"blocks.{i}.{n}" for i in range(layers) for n in LENS_NAMES}
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.model_bridge import TransformerBridge
-    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 
     bridge = TransformerBridge.boot_transformers(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -58,29 +57,7 @@ def peers(lens: interp.Lens, ids: torch.Tensor) -> dict[str, Callable[[], object
         dtype=lens.dtype,
     )
     found["TransformerLens bridge: 4 sites"] = lambda: bridge.run_with_cache(ids, names_filter=lambda n: n in wanted)
-    c: Any = lens.model.config
-    hooked_config = HookedTransformerConfig(
-        n_layers=c.num_hidden_layers,
-        d_model=c.hidden_size,
-        n_ctx=2048,
-        d_head=c.head_dim,
-        n_heads=c.num_attention_heads,
-        n_key_value_heads=c.num_key_value_heads,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        act_fn="silu",
-        normalization_type="RMS",
-        positional_embedding_type="rotary",
-        rotary_dim=c.head_dim,
-        rotary_base=int(c.rope_parameters["rope_theta"]),
-        final_rms=True,
-        gated_mlp=True,
-        eps=c.rms_norm_eps,
-        original_architecture="LlamaForCausalLM",
-        device=str(ids.device),
-    )
-    hooked = HookedTransformer(hooked_config)
-    hooked.load_state_dict(convert_llama_weights(lens.model, hooked_config), strict=False)
+    hooked = hooked_transformer(lens, str(ids.device))
     found["TransformerLens HookedTransformer: 4 sites"] = lambda: hooked.run_with_cache(
         ids, names_filter=lambda n: n in wanted
     )

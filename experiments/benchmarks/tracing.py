@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import interp
+from experiments.benchmarks.peers import hooked_transformer
 from experiments.benchmarks.rounds import Row, interleaved, peak_bytes, record, show
 from interp import edits
 from interp.batch import Batch
@@ -79,32 +80,9 @@ def transformer_lens(
 ) -> Callable:
     """`transformer_lens.patching` on a HookedTransformer with the same weights, which patches one cell in a run."""
     import pandas as pd
-    from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
-    from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
+    from transformer_lens import patching
 
-    c: Any = lens.model.config
-    config = HookedTransformerConfig(
-        n_layers=c.num_hidden_layers,
-        d_model=c.hidden_size,
-        n_ctx=2048,
-        d_head=c.head_dim,
-        n_heads=c.num_attention_heads,
-        n_key_value_heads=c.num_key_value_heads,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        act_fn="silu",
-        normalization_type="RMS",
-        positional_embedding_type="rotary",
-        rotary_dim=c.head_dim,
-        rotary_base=int(c.rope_parameters["rope_theta"]),
-        final_rms=True,
-        gated_mlp=True,
-        eps=c.rms_norm_eps,
-        original_architecture="LlamaForCausalLM",
-        device="cpu",
-    )
-    hooked = HookedTransformer(config)
-    hooked.load_state_dict(convert_llama_weights(lens.model, config), strict=False)
+    hooked = hooked_transformer(lens)
 
     def run() -> dict[Place, float]:
         found: dict[Place, float] = {}
