@@ -232,10 +232,8 @@ def test_cost_counts_cells_and_work(llama, tmp_path):
     settings = TraceSettings(methods=("sweep",), sites=("mlp_out",), **base)
     read = prompts_of(settings)
     cost = cost_of(lens, "sweep", settings, read, 8, 2.0)
-    behind = [
-        7 - 0 if False else len(r["text"]) - next(i for i in range(99) if r["text"][i] != r["corrupt"][i])
-        for r in PAIRS
-    ]
+    first = [[a == b for a, b in zip(r["text"], r["corrupt"], strict=True)].index(False) for r in PAIRS]
+    behind = [len(r["text"]) - at for r, at in zip(PAIRS, first, strict=True)]
     assert cost.cells == depth * sum(behind)  # one token is one letter
     shares = sum(sum(range(1, n + 1)) / len(r["text"]) for n, r in zip(behind, PAIRS, strict=True))
     assert cost.runs == pytest.approx(shares * sum(range(1, depth + 1)) / depth + 2 * 5)
