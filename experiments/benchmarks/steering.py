@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from experiments.benchmarks.rounds import interleaved, record, show
 from interp import evaluation, steering
 from interp.batch import Batch
 from interp.data import scenes
+from interp.steering.representation_injection import plan
 
 NEW = 48
 
@@ -48,6 +50,29 @@ def captions() -> tuple[interp.Lens, Batch]:
     return lens, lens.prepare([text] * len(drawn), [s.image for s in drawn], padding_side="left")
 
 
+def bare_injection(lens: interp.Lens, rates: list[float]) -> list:
+    """Representation injection as plain hooks on the modules of a LLaVA: what the arithmetic alone costs."""
+    handles = []
+    for name, strength in (("self_attn", 0.26), ("mlp", 0.16)):
+        sources, targets = plan(torch.tensor(rates), 3, min(10, len(rates)))
+        carried: list[torch.Tensor] = []
+
+        def hook(module, args, out, i, sources=sources, targets=targets, carried=carried, strength=strength):
+            whole = out[0] if isinstance(out, tuple) else out
+            value = whole[:, -1:]
+            if i in targets:
+                mixed = value + strength * carried[0]
+                mixed *= value.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)
+                whole[:, -1:] = mixed
+            if i in sources:
+                carried[:] = [rates[i] * value if i == sources[0] else carried[0] + rates[i] * value]
+
+        for i in sorted({*sources, *targets}):
+            layer = lens.model.model.language_model.layers[i]
+            handles.append(getattr(layer, name).register_forward_hook(partial(hook, i=i)))
+    return handles
+
+
 def contestants(lens: interp.Lens, batch: Batch) -> dict[str, Callable[[], object]]:
     """Plain decoding, and with each intervention; sink dimensions and rates are given, for a random model has none."""
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW}
@@ -66,6 +91,14 @@ def contestants(lens: interp.Lens, batch: Batch) -> dict[str, Callable[[], objec
         made = steering.attention_redistribution(lens, batch, dimensions=(3,), tau=1.5)
         return lens.generate(batch, made, **options)
 
+    def by_hand() -> object:
+        handles = bare_injection(lens, rates)
+        try:
+            return lens.generate(batch, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+
     before = steering.vision_heads(lens, batch)
     return {
         "plain": lambda: lens.generate(batch, **options),
@@ -75,6 +108,7 @@ def contestants(lens: interp.Lens, batch: Batch) -> dict[str, Callable[[], objec
             batch, steering.vision_reinforcement(lens, batch), **options
         ),
         "IRI": injected,
+        "IRI, bare hooks": by_hand,
         "VAR": redistributed,
     }
 

@@ -82,16 +82,20 @@ def check_entry(entry: Entry, anatomy: Anatomy, width: int | None, has_images: b
         )
 
 
-def fork(cache: Any) -> Any:
-    """A key/value cache on the same tensors: it grows (and is cropped) on its own, since a cache makes new tensors."""
+def fork(cache: Any, only: int | None = None) -> Any:
+    """A key/value cache on the same tensors: it grows (and is cropped) on its own, since a cache makes new tensors.
+
+    Args:
+        cache: the cache.
+        only: the one layer of it that will change, where just one will.
+    """
     new = copy.copy(cache)
     if hasattr(cache, "is_updated"):
-        new.self_attention_cache, new.cross_attention_cache = map(
-            fork, (cache.self_attention_cache, cache.cross_attention_cache)
-        )
+        new.self_attention_cache = fork(cache.self_attention_cache, only)
+        new.cross_attention_cache = fork(cache.cross_attention_cache, only)
         new.is_updated = dict(cache.is_updated)
     else:
-        new.layers = [copy.copy(layer) for layer in cache.layers]
+        new.layers = [copy.copy(x) if only in (None, i) else x for i, x in enumerate(cache.layers)]
     return new
 
 

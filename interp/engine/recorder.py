@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Recorder:
         with_graph: whether values are part of a graph for gradients.
         pieces: what was read, one tensor for each forward call.
         copied: devices from which copies may still be on their way.
+        every: all columns of the present chunk, and what they are for.
     """
 
     plan: Plan
@@ -90,6 +92,7 @@ class Recorder:
     pending: set[Place] = field(default_factory=set)
     chosen: dict[Any, Chosen] = field(default_factory=dict)
     copied: set[torch.device] = field(default_factory=set)
+    every: tuple[Any, Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Everything in the plan is still to come."""
@@ -218,14 +221,13 @@ class Recorder:
         if work.reads or work.probe or place[0] != self.anatomy.main:
             return None
         size //= self.copies
+        edits = [e for e, _ in work.edits if self.generating or e.read.positions != "generated"]
+        found = [self.selection(e.read.positions, place[0], size, width, device) for e in edits]
+        if any(chosen is None for chosen in found):
+            return None
         rows = torch.zeros(size, width, dtype=torch.bool, device=device)
-        for edit, _ in work.edits:
-            if edit.read.positions == "generated" and not self.generating:
-                continue
-            chosen = self.selection(edit.read.positions, place[0], size, width, device)
-            if chosen is None:
-                return None
-            if chosen.index.numel():
+        for chosen in found:
+            if chosen is not None and chosen.index.numel():
                 # Fillers stand at columns that may be chosen as well: they add nothing.
                 rows |= torch.zeros_like(rows, dtype=torch.int).scatter_add_(1, chosen.index, chosen.valid.int()) > 0
         return rows.repeat_interleave(self.copies, 0) if self.copies > 1 else rows
@@ -317,19 +319,27 @@ class Recorder:
         position, head = self._axes(place[3])
         if part.shape[position] == 0:
             return value
-        size, n = part.shape[0], part.shape[position]
         if chosen is None:
-            index = torch.arange(n, device=value.device).expand(size, n)
-            valid = torch.ones(size, n, dtype=torch.bool, device=value.device)
+            columns, valid = self._columns(self._start(place[0]), part.shape[0], part.shape[position], value.device)
         else:
-            index, valid = chosen.index, chosen.valid
+            columns, valid = chosen.index + self._start(place[0]), chosen.valid
         named = heads if heads is not None or head is None else tuple(range(value.shape[head]))
-        keys = self.keys_mask(edit, place, size, value.shape[position], part.shape[-1], value.device)
-        new = edit.change(part, Where(place[2], index + self._start(place[0]), valid, named, keys, copy))
+        keys = self.keys_mask(edit, place, part.shape[0], value.shape[position], part.shape[-1], value.device)
+        new = edit.change(part, Where(place[2], columns, valid, named, keys, copy))
+        if new is part:
+            return value
         check_edit(edit, place, part, new)
-        if new is part or (not self.with_graph and torch.equal(new, part)):
+        if not self.with_graph and torch.equal(new, part):
             return value
         return put_back(value, new, chosen, heads, position, head)
+
+    def _columns(self, start: int, size: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """All columns of a chunk, and that all of them are real choices: made once for the edits of a forward call."""
+        key = start, size, n, device
+        if self.every is None or self.every[0] != key:
+            columns = torch.arange(start, start + n, device=device).expand(size, n)
+            self.every = key, columns, torch.ones(size, n, dtype=torch.bool, device=device)
+        return self.every[1:]
 
     def finish(self) -> tuple[dict[tuple[Read, int], Tensor], dict[Read, Tensor]]:
         """The stored parts, joined over forward calls.
@@ -360,7 +370,9 @@ def check_edit(edit: Edit, place: Place, old: Tensor, new: Any) -> None:
     if not isinstance(new, Tensor) or new.shape != old.shape:
         found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise EditError(f"{where} returned {found} instead of a tensor of shape {tuple(old.shape)}.")
-    if place[3] != "scores" and bool(new.sum().isfinite()):  # nearly always: the sum of finite numbers may overflow
+    if place[3] != "scores" and math.isfinite(
+        new.sum().item()
+    ):  # nearly always: the sum of finite numbers may overflow
         return
     bad = new.isnan() if place[3] == "scores" else ~new.isfinite()
     if bool(bad.any()) and bool((bad & old.isfinite()).any()):

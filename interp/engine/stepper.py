@@ -42,6 +42,7 @@ class Stepper:
         batch: the samples.
         prefix: keys and values of a full run of the batch, or None.
         joins: whether keys before the rows' own have to be copied for each of them.
+        numbers: each layer's number in the key/value cache; None where its modules do not agree on one.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, batch: Batch, prefix: Prefix | None = None) -> None:
@@ -56,6 +57,7 @@ class Stepper:
         if any(n.startswith("cross_attention") for n in batch.inputs):
             raise UnsupportedError("this model's layers look at images through cross-attention: they need a whole run.")
         self.joins = False
+        self.numbers = [_number(x) for x in self.layers]
         self._known: dict[int, list[dict[tuple, int]]] = {}
 
     def rows(self, samples: Int[Tensor, " row"], start: int = 0) -> Rows:
@@ -171,7 +173,7 @@ class Rows:
             found.append((call.key, call.value))
             raise Stop
 
-        if "attn" not in own.attention or _number(own) is None or self.stepper.prefix is None:
+        if "attn" not in own.attention or self.stepper.numbers[layer] is None or self.stepper.prefix is None:
             return None
         with suppress(Stop):
             self._call(own, stream, (), see, None)
@@ -216,7 +218,7 @@ class Rows:
         part, prefix = layer.attention.get("attn"), self.stepper.prefix
         if part is None or not self.start or self.stepper.joins or prefix is None or "pattern" in part.refused:
             return None
-        number = _number(layer)
+        number = self.stepper.numbers[layer.index]
         held = getattr(prefix.key_values, "self_attention_cache", prefix.key_values).layers
         if number is None or number >= len(held) or not held[number].is_initialized:
             return None
@@ -242,8 +244,8 @@ class Rows:
 
     def _cache(self, cache: Any, layer: Layer, count: int, joined: bool, keys: Keys | None) -> Any:
         """A copy of the key/value cache in which this layer's keys are those of the rows."""
-        cache = fork(cache)
-        number = _number(layer)
+        number = self.stepper.numbers[layer.index]
+        cache = fork(cache, number)
         if number is None:
             if cache.get_seq_length():
                 raise UnsupportedError(f"{layer.name} does not say which keys of the cache are its own.")

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -106,7 +107,7 @@ def attention_redistribution(
     rule = _Rule(rho, mass, p, form)
 
     def change(value: Tensor, where: Where) -> Tensor:
-        return rule(value, *state.at(where.layer, value.shape[-1]))
+        return rule(value, state.at(where.layer, value.shape[-1]))
 
     edits: list[Edit] = []
     for layer in chosen:
@@ -124,23 +125,38 @@ class _Rule:
         self.rho, self.mass, self.p, self.form = rho, mass, p, form
 
     def __call__(
-        self,
-        value: Float[Tensor, "batch head query key"],
-        sinks: Bool[Tensor, "batch 1 1 key"],
-        image: Bool[Tensor, "batch 1 1 key"],
+        self, value: Float[Tensor, "batch head query key"], kinds: _Kinds
     ) -> Float[Tensor, "batch head query key"]:
-        """The changed probabilities, or their logits."""
+        """The changed probabilities, or their logits; keys behind the prompt keep theirs."""
+        prompt = kinds.shares.shape[1]
         pattern = value if self.form == "pattern" else torch.softmax(value, -1)
-        plain = image & ~sinks
-        seen, free = ((pattern * keep).sum(-1, keepdim=True) for keep in (image, plain))
-        able = (sinks & image).any(-1, keepdim=True)
-        centric = able & (seen >= self.mass) & (free >= self.rho * seen) & (free > 0)
+        sums = pattern[..., :prompt].flatten(1, 2) @ kinds.shares.to(pattern.dtype)
+        seen, free, sunk = sums.unflatten(1, pattern.shape[1:3]).split(1, -1)
+        centric = kinds.able & (seen >= self.mass) & (free >= self.rho * seen) & (free > 0)
         if not bool(centric.any()):
             return value
-        freed = (1 - self.p) * (pattern * sinks).sum(-1, keepdim=True)
-        factor = torch.where(sinks, self.p, torch.where(plain, 1 + freed / free.clamp_min(1e-30), 1.0))
-        new = pattern * factor if self.form == "pattern" else value + factor.log()
-        return torch.where(centric, new, value)
+        _, plain, sinks = kinds.shares.to(pattern.dtype)[:, None, None].unbind(-1)
+        ratio = (1 - self.p) * sunk / free.clamp_min(1e-30)
+        factor = torch.where(centric, 1 + (self.p - 1) * sinks + ratio * plain, 1.0)
+        new = value.clone()
+        if self.form == "pattern":
+            new[..., :prompt] *= factor
+        else:
+            new[..., :prompt] += factor.log()
+        return new
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kinds:
+    """What the keys of the prompt are, in one layer.
+
+    Attributes:
+        shares: whether each is of the image, of the image and no sink, a sink.
+        able: whether a sink lies in the image.
+    """
+
+    shares: Float[Tensor, "batch key 3"]
+    able: Bool[Tensor, "batch 1 1 1"]
 
 
 class _Sinks:
@@ -150,24 +166,25 @@ class _Sinks:
         self, image: Bool[Tensor, "batch pos"], dimensions: Sequence[int], tau: float, mask: Bool[Tensor, "batch pos"]
     ) -> None:
         self.image, self.dimensions, self.tau, self.mask = image, dimensions, tau, mask
-        self.found: dict[int, Bool[Tensor, "kind batch 1 1 key"]] = {}
+        self.found: dict[int, _Kinds] = {}
 
     def notice(self, stream: Float[Tensor, "batch pos d_model"], where: Where) -> Tensor:
         """Look at what enters a layer; only the whole prompt counts, not what is generated."""
         if stream.shape[1] == self.mask.shape[1]:
             mask, image = (x.to(stream.device) for x in (self.mask, self.image))
             sinks = (sink_size(stream, self.dimensions) > self.tau) & mask
-            self.found[where.layer] = torch.stack([sinks, image])[:, :, None, None]
+            shares = torch.stack([image, image & ~sinks, sinks], -1)
+            able = (image & sinks).any(1)[:, None, None, None]
+            self.found[where.layer] = _Kinds(shares.to(torch.promote_types(stream.dtype, torch.float32)), able)
         return stream
 
-    def at(self, layer: int, keys: int) -> Bool[Tensor, "kind batch 1 1 key"]:
-        """Sinks and image columns of a layer, for as many keys as there are by now."""
+    def at(self, layer: int, keys: int) -> _Kinds:
+        """What the prompt's keys are in a layer that has so many keys by now."""
         if layer not in self.found:
             raise EditError(
                 f"attention_redistribution: the sinks of layer {layer} are known from a run of the whole prompt; this "
                 "one was entered behind it."
             )
-        more = keys - self.found[layer].shape[-1]
-        if more < 0:
+        if keys < self.mask.shape[1]:
             raise EditError("attention_redistribution: keys of the prompt were dropped by a sliding cache.")
-        return torch.nn.functional.pad(self.found[layer], (0, more)) if more else self.found[layer]
+        return self.found[layer]

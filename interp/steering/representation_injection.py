@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -108,25 +107,27 @@ def _injection(
         return []
     taken, aimed = plan(usable, min(sources, len(able)), min(targets, len(able)))
     rate = {layer: float(rates[layer]) for layer in taken}
-    every: dict[int, dict[str, Any]] = {}
+    below = {layer: max(k for k in taken if k < layer) for layer in {*aimed, *taken[1:]}}
+    every: dict[int, tuple[int, Tensor]] = {}
 
     def change(value: Tensor, where: Where) -> Tensor:
-        layer, carried = where.layer, every.setdefault(where.copy, {})
+        layer, carried = where.layer, every.get(where.copy)
         wide = value.to(torch.promote_types(value.dtype, torch.float32))
-        new = value
-        if layer in aimed and layer > taken[0]:
-            if carried.get("below", -1) != max(k for k in taken if k < layer) or carried["sum"].shape != value.shape:
+        new, before = value, None
+        if layer in below:
+            if carried is None or carried[0] != below[layer] or carried[1].shape != value.shape:
                 raise EditError(
                     f"representation_injection: layer {layer} needs what the layers below it wrote in the same run; a "
                     "run that is entered above them cannot be injected."
                 )
-            mixed = wide + strength * carried["sum"]
-            size = wide.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-            new = (mixed * size).to(value)
+            before = carried[1]
+        if before is not None and layer in aimed:
+            mixed = torch.add(wide, before, alpha=strength)
+            kept, now = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide, mixed))
+            new = (mixed * (kept / now.clamp_min(1e-30))).to(value)
         if layer in rate:
-            own = rate[layer] * wide
-            carried["sum"] = own if layer == taken[0] else carried["sum"] + own
-            carried["below"] = layer
+            own = rate[layer] * wide if before is None else torch.add(before, wide, alpha=rate[layer])
+            every[where.copy] = layer, own
         return new
 
     return [
