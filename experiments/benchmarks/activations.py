@@ -38,7 +38,9 @@ from interp.dictionaries.activations import (
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def sae_lens_store(model: Any, hook: str, texts: list[str], width: int, batch: int, context: int, rows: int) -> Any:
+def sae_lens_store(
+    model: Any, hook: str, texts: list[str], width: int, batch: int, context: int, rows: int, tokens: int | None = None
+) -> Any:
     """SAELens's store on the same documents, contexts and buffer."""
     from datasets import Dataset
     from sae_lens.training.activations_store import ActivationsStore
@@ -54,7 +56,7 @@ def sae_lens_store(model: Any, hook: str, texts: list[str], width: int, batch: i
         n_batches_in_buffer=rows // context,
         total_training_tokens=10**9,
         store_batch_size_prompts=batch,
-        train_batch_size_tokens=batch * context,
+        train_batch_size_tokens=tokens or batch * context,
         prepend_bos=False,
         normalize_activations="none",
         device=torch.device("cpu"),
