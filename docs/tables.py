@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from docs import backends
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "experiments" / "benchmarks" / "results"
 
@@ -103,6 +105,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "models": ("api/models.md", models),
     "benchmarks": ("benchmarks.md", benchmarks),
     "scenes": ("scenes.md", scenes),
+    "backends: gives": ("backends.md", backends.gives),
+    "backends: refuses": ("backends.md", backends.refuses),
     **experiments(),
 }
 

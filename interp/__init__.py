@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     )
     from interp.batch import Batch
     from interp.engine.entry import Entry
-    from interp.lens import Generation, Lens, load, wrap
+    from interp.lens import Generation, Lens
     from interp.patches import Patches
     from interp.reads import Read
     from interp.scores import HeadScores, TokenScores
     from interp.trace import Trace
     from interp.tracing import CausalMap
+    from interp.wrapping import load, wrap
 
 try:
     __version__ = version("interp")
@@ -41,8 +42,8 @@ except PackageNotFoundError:  # pragma: no cover - a checkout that is not instal
 _HOME = {
     "Lens": "interp.lens",
     "Generation": "interp.lens",
-    "load": "interp.lens",
-    "wrap": "interp.lens",
+    "load": "interp.wrapping",
+    "wrap": "interp.wrapping",
     "Batch": "interp.batch",
     "Entry": "interp.engine.entry",
     "Patches": "interp.patches",

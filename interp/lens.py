@@ -50,9 +50,10 @@ class Lens:
     Made by `interp.wrap` and `interp.load`.
 
     Attributes:
-        model: the model, exactly as it was given.
+        model: the transformers model that runs: the one that was given, or for another back end one on its parameters.
         processor: its tokenizer or processor, if there is one.
         name: what it is called in results.
+        backend: `transformers`, `HookedTransformer`, `TransformerBridge` or `nnsight`: what was given.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class Lens:
         *,
         name: str | None = None,
         sample: Mapping[str, Any] | None = None,
+        backend: str = "transformers",
     ) -> None:
         self.model = model
         self.processor = processor
+        self.backend = backend
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._anatomy: Anatomy | None = None
         self._seen: set[str] = set()
@@ -328,7 +331,7 @@ class Lens:
         wanted = [Read.of(r) for r in ([reads] if isinstance(reads, (str, Read)) else reads)]
         if entry is not None and entry.start:
             self._check_entry(batch, entry)
-        return run(
+        trace = run(
             self.model,
             self.anatomy,
             self._positioned(batch),
@@ -340,6 +343,12 @@ class Lens:
             cache=cache,
             to=to,
         )
+        return replace(trace, exporter=self._exported)
+
+    def _exported(self, trace: Trace) -> Any:
+        from interp.backends.cache import activation_cache
+
+        return activation_cache(trace, self.anatomy, self.model.config, tokenizer_of(self.processor))
 
     def generate(
         self,
@@ -497,60 +506,3 @@ class Lens:
             raise UnsupportedError(f"{self.name}: the head is not a final norm and one projection.")
         with torch.no_grad():
             return head(stream)
-
-
-def wrap(
-    model: nn.Module, processor: Any = None, *, name: str | None = None, sample: Mapping[str, Any] | None = None
-) -> Lens:
-    """Put a model under the lens; nothing in it is changed.
-
-    Args:
-        model: a transformers `PreTrainedModel`.
-        processor: its tokenizer or processor, for `prepare` and decoded texts.
-        name: what it is called in results.
-        sample: inputs of one forward pass on which to find its parts; made from the configuration if left out.
-
-    Raises:
-        InputError: it is no transformers model.
-        AnatomyError: its parts were not found, or failed their proof.
-    """
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise InputError(f"wrap takes a transformers PreTrainedModel, got {type(model).__name__}.")
-    return Lens(model, processor, name=name, sample=sample)
-
-
-def load(
-    name: str,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: str | None = None,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> Lens:
-    """Load a model and wrap it.
-
-    Args:
-        name: a packaged model (`interp models`), a local folder, or a hub id.
-        dtype: the parameters' dtype; None for the model's own (float32 for packaged models on a CPU).
-        device: where to put it; None for the GPU where there is one.
-        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None for the model's default.
-        trust_remote_code: whether code from the hub may run.
-        revision: which revision on the hub.
-
-    Raises:
-        UnknownNameError: no such model.
-        MissingPackageError: the package that holds it is not installed.
-        FileError: its files are damaged, or the hub cannot be reached.
-    """
-    from interp import models
-
-    model, processor = models.load(
-        name,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
-    return wrap(model, processor, name=name)

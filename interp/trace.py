@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.errors import UnknownNameError
+from interp.errors import UnknownNameError, UnsupportedError
 from interp.reads import Read
 
 
@@ -30,6 +30,7 @@ class Trace:
         depth: number of layers of each tower.
         cache: the key/value cache, when it was asked for.
         metric: the metric's values [batch] or scalar, when gradients were asked for.
+        exporter: what `to_transformer_lens` calls, from the lens that made the trace.
     """
 
     values: Mapping[tuple[Read, int], Tensor]
@@ -40,6 +41,7 @@ class Trace:
     depth: Mapping[str, int] = field(default_factory=dict)
     cache: Any = None
     metric: Tensor | None = None
+    exporter: Callable[[Trace], Any] | None = None
 
     def __getitem__(self, key: Any) -> Any:
         """The tensor of (read, layer), or the dict of all layers of a read."""
@@ -66,6 +68,23 @@ class Trace:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in [*self.values.values(), *self.gradients.values()])
+
+    def to_transformer_lens(self) -> Any:
+        """What was read as a `transformer_lens.ActivationCache`, which its own functions accept.
+
+        `cache.model` is a stand-in made from the model's parts: sizes, W_O, W_U with the final norm's gain folded in,
+        as TransformerLens does, and the tokenizer. `logit_attrs` and `stack_head_results` work with it; `apply_ln`
+        works before the unembedding only, and where the last layer's `resid_post` was read.
+
+        Raises:
+            MissingPackageError: TransformerLens is not installed.
+            SettingsError: a read is of some positions or heads only, or reduced.
+            UnsupportedError: a generation's trace, a site that TransformerLens has no hook for, or another tower.
+            InputError: nothing but logits was read.
+        """
+        if self.exporter is None:
+            raise UnsupportedError("only the traces of lens.run go out as a TransformerLens cache.")
+        return self.exporter(self)
 
     def __repr__(self) -> str:
         """Reads and sizes."""

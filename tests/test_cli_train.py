@@ -3,10 +3,13 @@
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,11 +17,14 @@ import yaml
 
 import interp
 from interp import dictionaries
+from interp.cli.fields import help_of
 from interp.cli.training.command import command_of
 from interp.cli.training.documented import settings_of
-from interp.cli.training.settings import TrainRunSettings, help_of, read_config, template
-from interp.dictionaries import DictionaryConfig, TrainSettings
-from interp.dictionaries.activations import ActivationStream, MixingBuffer
+from interp.cli.training.lorsa_settings import LorsaRunSettings
+from interp.cli.training.settings import TrainRunSettings, read_config, template
+from interp.dictionaries import DictionaryConfig, LorsaConfig, TrainSettings
+from interp.dictionaries import lorsa as package
+from interp.dictionaries.activations import ActivationStore, ActivationStream, MixingBuffer
 from interp.dictionaries.training.learner import Learner
 from interp.dictionaries.training.log import TIMES
 from tests.test_cli_attribute import call, saved
@@ -175,22 +181,28 @@ def test_settings_have_the_words_of_the_library():
     assert rows["skip"][0] is bool
     assert rows["aux_loss"][1].metadata["choices"] == ("paper", "saelens")
     assert rows["matryoshka_widths"][0] is tuple
-    assert help_of("dead_feature_window").startswith("A latent that was active in no token of so many steps is dead")
-    parameters = inspect.signature(command_of("transcoder")).parameters
-    assert {row.name for row in fields(TrainRunSettings)} | {"out", "config", "overwrite"} == set(parameters)
+    said = help_of(TrainRunSettings, "dead_feature_window")
+    assert said.startswith("A latent that was active in no token of so many steps is dead")
+    for kind, cls in (("transcoder", TrainRunSettings), ("lorsa", LorsaRunSettings)):
+        parameters = inspect.signature(command_of(kind)).parameters
+        assert {row.name for row in fields(cls)} | {"out", "config", "overwrite"} == set(parameters)
+    measured = {*("causal", "window", "context", "scale", "softcap"), *("d_in", "d_out", "d_qk", "dtype", "seed")}
+    own = {row.name for row in fields(LorsaConfig) if not row.name.startswith(("rotary", "qk_norm"))} - measured
+    assert own <= {row.name for row in fields(LorsaRunSettings)}
     assert "Train transcoders of MODEL" in call("train", "transcoder", "--help")
+    assert "Results open in SAELens" not in call("train", "lorsa", "--help")
     assert "transcoder" in call("train", "--help")
 
 
 def test_config_and_init(llama, texts, tmp_path):
     call("init", "train", "--out", tmp_path / "run.yaml")
-    assert (tmp_path / "run.yaml").read_text() == template()
+    assert (tmp_path / "run.yaml").read_text() == template(TrainRunSettings, "sae|transcoder")
     made = yaml.safe_load((tmp_path / "run.yaml").read_text())
     made |= {"model": str(llama), "data": str(texts), "layer": [0, 1], "k": 3, "expansion": 2, "tokens": 300}
     made |= {"batch_size": 100, "buffer": 200, "context": 32, "architecture": ["matryoshka_batchtopk"]}
     made |= {"matryoshka_widths": [8, 16], "device": "cpu"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(made))
-    settings = TrainRunSettings.of(read_config(tmp_path / "run.yaml"))
+    settings = TrainRunSettings.of(read_config(tmp_path / "run.yaml", TrainRunSettings))
     assert settings.layers() == [0, 1]
     call("train", "sae", "--config", tmp_path / "run.yaml", "--out", tmp_path / "out")
     found = dictionaries.load(tmp_path / "out" / "resid_post.1-matryoshka_batchtopk-k3")
@@ -224,3 +236,202 @@ def test_bad_input_is_one_line(llama, texts, tmp_path, arguments, said):
 def test_data_without_a_usable_token(llama, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "empty.txt" in trained("sae", llama, tmp_path / "empty.txt", tmp_path / "out", "--layer", 0, code=2)
+
+
+LORSA = (
+    *("--tokens", 1600, "--context", 20, "--contexts", 4, "--expansion", 2, "--k", 4, "--lr", "1e-2"),
+    *("--log-every", 4, "--checkpoint-every", 5, "--device", "cpu"),
+)
+
+
+def lorsa(model, data, out, *arguments, code=0):
+    return call("train", "lorsa", model, "--data", data, "--out", out, *LORSA, *arguments, code=code)
+
+
+def test_lorsas_are_those_of_the_library(llama, texts, tmp_path):
+    out = tmp_path / "out"
+    inits = ("--init", "random,heads,subspace-values", "--freeze-qk", "--no-freeze-qk")
+    said = lorsa(llama, texts, out, "--layer", "0,-1", *inits, "--architecture", "topk,batchtopk")
+    assert "12 dictionaries, 20 steps of 4 contexts" in said
+    lens = interp.load(str(llama), device="cpu", dtype="float32")
+    last = len(lens.anatomy.towers["text"].layers) - 1
+    rules = [package.attention_rule(lens, n, context=20) for n in (0, last)]
+    reads = [read for rule in rules for read in rule.reads]
+    stream = ActivationStream(lens, interp.data.corpus(texts, seed=0), reads, context=20, batch=4, epochs=None)
+    begin, sample = stream.state(), []
+    while sum(item.used for item in sample) < 4096:
+        sample.append(next(stream))
+    stream.restore(begin)
+    pairs = package.AttentionPairs(stream, rules)
+    jobs = {}
+    for rule in rules:
+        heads, width = rule.W_Q.shape[:2]
+        sizes = {"n_qk": 2 * heads, "n_ov": 2 * width, "k": 4}
+        x = torch.cat([rule.inputs(item[rule.reads[0]]) for item in sample])
+        for architecture in ("topk", "batchtopk"):
+            made = {
+                "random": package.shaped(rule, **sizes, architecture=architecture),
+                "heads": package.from_heads(rule, **sizes, architecture=architecture),
+                "subspace-values": package.from_heads(rule, **sizes, architecture=architecture, x=x, subspace="values"),
+            }
+            for init, one in made.items():
+                name = f"attn.{rule.layer}-{architecture}-k4-{init}"
+                jobs[name] = dictionaries.Job(one, f"x.{rule.layer}", f"y.{rule.layer}")
+    settings = TrainSettings(steps=20, lr=1e-2, log_every=4, checkpoint_every=5)
+    expected = dictionaries.train(jobs, pairs, settings)
+    y = next(pairs)
+    for name, one in expected.dictionaries.items():
+        found = package.load(out / name)
+        assert (found.metadata["layer"], found.metadata["init"]) == (one.metadata["layer"], name.split("k4-")[1])
+        x = y[jobs[name].read]
+        torch.testing.assert_close(found(x, real=y.real), one(x, real=y.real), atol=1e-4, rtol=1e-4)
+    logs = [m.drop(columns=list(TIMES)) for m in (pd.read_parquet(out / "metrics.parquet"), expected.metrics)]
+    pd.testing.assert_frame_equal(*logs, atol=1e-5, rtol=1e-4)
+    page = (out / "report.html").read_text()
+    assert "Low-rank sparse attention of" in page
+    assert "subspace-values" in page
+    (out / "report.html").unlink()
+    call("report", out)
+    assert (out / "report.html").read_text() == page
+    record = json.loads((out / "run.json").read_text())
+    assert record["dictionaries"]["attn.0-topk-k4-heads"] == {
+        **{"read": "x.0", "target": "y.0", "n_qk": 2 * heads, "n_ov": 2 * width, "d_qk": rules[0].W_Q.shape[2]},
+        **{"init": "heads", "freeze_qk": False},
+    }
+
+
+def test_frozen_queries_are_the_layers(llama, texts, tmp_path):
+    lorsa(llama, texts, tmp_path / "out", "--layer", 1, "--freeze-qk", "--architecture", "relu")
+    found = package.load(tmp_path / "out" / "attn.1-relu-subspace-outputs")
+    rule = package.attention_rule(interp.load(str(llama), device="cpu"), 1, context=20)
+    assert found.cfg.n_qk == len(rule.W_Q)
+    for name in ("W_Q", "W_K", "b_Q", "b_K"):
+        assert torch.equal(getattr(found, name), getattr(rule, name)), name
+
+
+def test_a_lorsa_killed_twice_ends_with_the_same_bits_and_a_store_is_replayed(llama, texts, tmp_path):
+    arguments = ("--layer", 1, "--architecture", "batchtopk", "--checkpoint-every", 3)
+    random = np.random.default_rng(int(time.time()))
+    lorsa(llama, texts, tmp_path / "whole", *arguments)
+    told = ("-m", "interp", "train", "lorsa", llama, "--data", texts, "--out", tmp_path / "cut", *LORSA, *arguments)
+    for mark in sorted(random.choice(range(1, 6), 2, replace=False).tolist()):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, told)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        checkpoints = tmp_path / "cut" / "checkpoints"
+        while process.poll() is None and not any(
+            int(path.name.removeprefix("step-")) >= 3 * mark for path in checkpoints.glob("step-*")
+        ):
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    lorsa(llama, texts, tmp_path / "cut", *arguments)
+    name = "attn.1-batchtopk-k4-subspace-outputs"
+    same(package.load(tmp_path / "whole" / name), package.load(tmp_path / "cut" / name))
+    logs = [pd.read_parquet(tmp_path / n / "metrics.parquet").drop(columns=list(TIMES)) for n in ("whole", "cut")]
+    pd.testing.assert_frame_equal(*logs)
+    assert "init is" in lorsa(llama, texts, tmp_path / "cut", *arguments, "--init", "heads", code=2)
+    store = ("--store", tmp_path / "store", "--store-dtype", "float32", "--layer", 1)
+    lorsa(llama, texts, tmp_path / "stored", *store)
+    held = ActivationStore(tmp_path / "store")
+    assert (set(held.d_in), held.keep, held.used >= 1600) == ({"x.1", "y.1"}, "contexts", True)
+    metrics = pd.read_parquet(tmp_path / "stored" / "metrics.parquet")
+    assert metrics["fvu"].iloc[-1] < metrics["fvu"].iloc[0]
+
+
+def test_a_lorsa_of_two_processes_has_the_curve_of_one(llama, tmp_path):
+    """Contexts of different lengths: the processes' shares differ in their number of tokens."""
+    random = torch.Generator().manual_seed(1)
+    lines = [" ".join(WORDS[:n]) for n in torch.randint(1, len(WORDS), (40,), generator=random)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    arguments = (
+        "--layer",
+        1,
+        "--architecture",
+        "batchtopk",
+        "--no-packed",
+        "--log-every",
+        1,
+        "--dead-feature-window",
+        3,
+    )
+    lorsa(llama, tmp_path / "lines.txt", tmp_path / "one", *arguments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29543"]
+    told = ("-m", "interp", "train", "lorsa", llama, "--data", tmp_path / "lines.txt", "--out", tmp_path / "two")
+    done = subprocess.run(
+        [*command, *map(str, (*told, *LORSA, *arguments))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (pd.read_parquet(tmp_path / name / "metrics.parquet") for name in ("one", "two"))
+    assert len(one) == 20
+    assert int(one["dead"].max()) > 0
+    assert not np.array_equal(one["tokens"], 2 * two["tokens"])
+    for column in ("loss", "mse_loss", "auxiliary_reconstruction_loss", "fvu", "l0", "dead"):
+        np.testing.assert_allclose(two[column], one[column], rtol=1e-4, atol=1e-4, err_msg=column)
+    name = "attn.1-batchtopk-k4-subspace-outputs"
+    alone, shared = (package.load(tmp_path / folder / name) for folder in ("one", "two"))
+    assert shared.metadata["tokens"] == alone.metadata["tokens"] == int(one["tokens"].iloc[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "folder"),
+    [("bert", (), "attn.1"), ("vit", (), "attn.1"), ("llava", ("--tower", "vision"), "vision-attn.1"),
+     ("llava", ("--tokens-used", "image"), "attn.1")],
+)  # fmt: skip
+def test_lorsas_of_encoders_and_of_both_towers(name, more, folder, texts, tmp_path):
+    model = saved(tmp_path, name)
+    data = texts if name == "bert" else "scenes"
+    documents = () if name == "bert" else ("--tokens", 400)
+    lorsa(model, data, tmp_path / "out", "--layer", 1, *documents, *more)
+    found = package.load(tmp_path / "out" / f"{folder}-topk-k4-subspace-outputs")
+    assert found.cfg.causal is (folder == "attn.1" and name == "llava")
+    metrics = pd.read_parquet(tmp_path / "out" / "metrics.parquet")
+    assert metrics["fvu"].iloc[-1] < metrics["fvu"].iloc[0]
+
+
+def test_a_config_of_a_lorsa(llama, texts, tmp_path):
+    call("init", "lorsa", "--out", tmp_path / "run.yaml")
+    assert (tmp_path / "run.yaml").read_text() == template(LorsaRunSettings, "lorsa")
+    made = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    made |= {"model": str(llama), "data": str(texts), "layer": 1, "k": [2, 3], "init": ["heads", "random"], "n_ov": 64}
+    made |= {"n_qk": 8, "tokens": 160, "context": 20, "contexts": 4, "device": "cpu", "l1_coefficient": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(made))
+    assert "usable" in call("check", tmp_path / "run.yaml")
+    call("train", "lorsa", "--config", tmp_path / "run.yaml", "--out", tmp_path / "out")
+    found = package.load(tmp_path / "out" / "attn.1-topk-k3-random")
+    assert (found.cfg.n_qk, found.cfg.n_ov, found.cfg.k, found.metadata["steps"]) == (8, 64, 3, 2)
+    assert "interp train lorsa" in (tmp_path / "out" / "settings.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--n-qk", "3", "--n-ov", "10"), "take n_ov=9"),
+        (("--n-qk", "3", "--init", "heads"), "n_qk=3 is no multiple of the layer's 4 heads"),
+        (("--context", "1"), "context must be at least 2"),
+        (("--no-packed", "--special", "none", "--no-drop-first", "--documents", "lines"), "at least two"),
+        (("--layer", "99"), "99"),
+        (("--init", "magic"), "magic"),
+        (("--init", "heads,heads"), "init names one twice"),
+        (("--init", "random", "--freeze-qk"), "init=random has others"),
+        (("--architecture", "identity"), "identity"),
+        (("--k", "5000"), "k lies above 0"),
+        (("--k", "2.5"), "k lies above 0"),
+        (("--dtype", "bfloat16"), "measured in float32"),
+        (("--expansion", "0"), "expansion must be at least 1"),
+    ],
+)
+def test_bad_input_for_a_lorsa_is_one_line(llama, tmp_path, arguments, said):
+    (tmp_path / "letters.txt").write_text("\n".join("abcdefgh"))
+    layer = () if "--layer" in arguments else ("--layer", 1)
+    assert said in lorsa(llama, tmp_path / "letters.txt", tmp_path / "out", *layer, *arguments, code=2)
+
+
+def test_a_layer_without_attention_and_a_rule_of_another_form(texts, tmp_path):
+    assert "no self-attention" in lorsa(saved(tmp_path, "mamba"), texts, tmp_path / "out", "--layer", 1, code=2)
+    model = saved(tmp_path, "t5")
+    assert "bias by distance" in lorsa(model, texts, tmp_path / "t5out", "--layer", 1, "--tower", "encoder", code=2)
+    assert "read its encoder" in lorsa(model, texts, tmp_path / "decoder", "--layer", 1, code=2)

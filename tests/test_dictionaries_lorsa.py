@@ -1,5 +1,6 @@
 """Lorsa: against plain loops, exact copies of real layers, masks, first weights, training, files, reading."""
 
+import copy
 import json
 import math
 import os
@@ -15,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import interp
 from interp import Read
-from interp.dictionaries import TrainSettings
+from interp.dictionaries import SAE, Job, TrainSettings, train
 from interp.dictionaries import lorsa as package
-from interp.dictionaries.activations import Contexts, State
+from interp.dictionaries.activations import Contexts, State, Together, statistics
 from interp.dictionaries.lorsa import AttentionPairs, Lorsa, attention_rule
 from interp.errors import FileError, InputError, NonFiniteError, SettingsError, UnknownNameError, UnsupportedError
 from tests.zoo import build, inputs
@@ -313,17 +314,37 @@ def llama():
 
 @pytest.mark.parametrize("subspace", [None, "values", "outputs"])
 def test_first_weights_from_the_heads(subspace):
-    _, rule, _, x, _ = llama()
+    _, rule, _, x, z = llama()
     lorsa = package.from_heads(rule, n_qk=8, n_ov=64, x=x, subspace=subspace, k=4)
     copied = package.patterns(lorsa, x)
     heads = len(rule.W_Q)
     one = package.exact_copy(interp.wrap(build("llama")), 1, context=20)
     torch.testing.assert_close(copied, package.patterns(one, x).repeat_interleave(2, 1))
-    torch.testing.assert_close(lorsa.b_D, rule.b_O)
-    for weight in (lorsa.W_V, lorsa.W_O):
-        torch.testing.assert_close(weight.norm(dim=1), torch.ones(64))
+    torch.testing.assert_close(lorsa.W_O.norm(dim=1), torch.ones(64))
+    long = lorsa.W_V.norm(dim=1)
+    torch.testing.assert_close(long, long[:1].expand(64))
     if subspace is None:
+        torch.testing.assert_close(lorsa.b_D, rule.b_O)
+        assert float(long[0].detach()) == pytest.approx(1)
         return
+    # No other length, and no other bias, has a smaller error on the batch.
+    y = rule.target(z)
+
+    def error(factor=1.0, shift=0.0):
+        other = copy.deepcopy(lorsa)
+        with torch.no_grad():
+            other.W_V.mul_(factor)
+            other.b_D.add_(shift)
+            return float((other(x) - y).square().sum())
+
+    assert error() < min(error(0.97), error(1.03), error(shift=0.01 * y.std()), error(shift=-0.01 * y.std()))
+    real = torch.ones(x.shape[:2], dtype=torch.bool)
+    real[:, 12:] = False
+    spoilt = torch.where(real[..., None], x, 1e3)
+    few = package.from_heads(rule, n_qk=8, n_ov=64, x=x[:, :12], subspace=subspace, k=4)
+    padded = package.from_heads(rule, n_qk=8, n_ov=64, x=spoilt, real=real, subspace=subspace, k=4)
+    for name in ("W_O", "W_V", "b_D"):
+        torch.testing.assert_close(getattr(padded, name), getattr(few, name), atol=1e-4, rtol=1e-3)
     for head in range(heads):
         rows = slice(head * 64 // heads, (head + 1) * 64 // heads)
         # Output directions lie in what the head can write, value directions in what it can read.
@@ -453,8 +474,8 @@ def test_head_shares():
 class Repeated:
     """Random texts through the layer, as an `ActivationStream` gives them: padded, first positions left out."""
 
-    def __init__(self, lens, rule, batch=4, rank=0, world=1):
-        self.lens, self.rule, self.batch, self.at = lens, rule, batch, 0
+    def __init__(self, lens, rule, batch=4, rank=0, world=1, uneven=False):
+        self.lens, self.rule, self.batch, self.at, self.uneven = lens, rule, batch, 0, uneven
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
         self.d_in = dict.fromkeys(rule.reads, 32)
         self.settings = {"batch": batch}
@@ -471,6 +492,11 @@ class Repeated:
         real = torch.ones(ids.shape, dtype=torch.bool)
         mask = real.clone()
         mask[:, 0] = False
+        if self.uneven:  # each context has another number of tokens to use
+            mask &= (
+                torch.rand(self.batch, 20, generator=random)[self.share]
+                < torch.linspace(0.2, 1, self.batch)[self.share, None]
+            )
         return Contexts(values, mask, real, ids, torch.zeros_like(ids), torch.arange(len(ids)))
 
     def state(self):
@@ -485,18 +511,18 @@ class Repeated:
 
 def trained(folder=None, steps=30, frozen=False, **settings):
     lens, rule, _, x, _ = llama()
-    lorsa = package.from_heads(rule, n_qk=4, n_ov=64, x=x, subspace="outputs", **{"k": 8, **settings})
+    lorsa = package.from_heads(rule, n_qk=4, n_ov=64, x=x, **{"subspace": "outputs", "k": 8, **settings})
     if frozen:
         lorsa.freeze_qk()
     first = {name: value.clone() for name, value in lorsa.state_dict().items()}
     run = TrainSettings(steps=steps, lr=3e-3, log_every=10, checkpoint_every=10, scale_rows=1000)
     source = AttentionPairs(Repeated(lens, rule), rule)
-    return lorsa, first, package.train_lorsa(lorsa, source, run, folder=folder)
+    return lorsa, first, train(lorsa, source, run, folder=folder)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "relu"])
 def test_training_lowers_the_error(architecture):
-    lorsa, _, found = trained(architecture=architecture, l1_coefficient=1e-4, l0_coefficient=1e-6)
+    lorsa, _, found = trained(architecture=architecture, l1_coefficient=1e-4, l0_coefficient=1e-6, subspace=None)
     fvu = found.metrics["fvu"]
     assert fvu.iloc[-1] < 0.9 * fvu.iloc[0]
     assert found.tokens == 30 * 4 * 19
@@ -504,15 +530,30 @@ def test_training_lowers_the_error(architecture):
 
 
 def test_frozen_queries_stay_and_scales_are_folded():
-    lorsa, first, found = trained(frozen=True, normalize_activations="expected_average_only_in", steps=20)
-    out = found.dictionaries["lorsa"]
-    assert out.cfg.normalize_activations == "none"
-    for name in ("W_Q", "b_K"):
-        assert torch.equal(getattr(lorsa, name), first[name])
-    assert not torch.equal(lorsa.W_V, first["W_V"])
     _, rule, _, x, z = llama()
+    for scaled in ("none", "expected_average_only_in"):
+        _, first, found = trained(frozen=True, normalize_activations=scaled, steps=20)
+        out = found.dictionaries["dictionary"]
+        assert out.cfg.normalize_activations == "none"
+        for name in ("W_Q", "W_K", "b_K"):  # of the layer, whatever activations were multiplied with
+            torch.testing.assert_close(getattr(out, name), first[name], atol=0 if scaled == "none" else 1e-6, rtol=1e-6)
+        assert not torch.allclose(out.W_V, first["W_V"])
     y = rule.target(z)[:, 1:]
     assert float((out(x)[:, 1:] - y).square().sum() / (y - y.mean((0, 1))).square().sum()) < 1.0
+
+
+def test_first_weights_are_for_activations_as_they_are():
+    """The first logged loss with scales is that without, times the target's scale squared."""
+    lens, rule, _, x, _ = llama()
+    losses = {}
+    for scaled in ("none", "expected_average_only_in"):
+        options = {"x": x, "subspace": "values", "k": 8, "normalize_activations": scaled}
+        lorsa = package.from_heads(rule, n_qk=4, n_ov=64, **options)
+        source = AttentionPairs(Repeated(lens, rule), rule)
+        scale = statistics(source, rows=1000)["y.1"].scale if scaled != "none" else 1.0
+        found = train(lorsa, source, TrainSettings(steps=1, log_every=1, scale_rows=1000)).metrics
+        losses[scaled] = float(found["mse_loss"].iloc[0]) / scale**2
+    assert losses["none"] == pytest.approx(losses["expected_average_only_in"], rel=1e-4)
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path):
@@ -531,15 +572,72 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
 
     run = TrainSettings(steps=30, lr=3e-3, log_every=10, checkpoint_every=10, scale_rows=1000)
     with pytest.raises(Stop):
-        package.train_lorsa(lorsa, AttentionPairs(source, rule), run, folder=tmp_path / "part", on_log=stop)
+        train(lorsa, AttentionPairs(source, rule), run, folder=tmp_path / "part", on_log=stop)
     again, _, _ = trained(tmp_path / "part", architecture="batchtopk")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    read = package.load(tmp_path / "part" / "lorsa")
+    read = package.load(tmp_path / "part" / "dictionary")
     assert torch.equal(read.W_O, whole.W_O)
-    assert (read.metadata["steps"], read.metadata["layer"]) == (30, 1)
-    with pytest.raises(SettingsError, match="frozen"):
+    assert (read.metadata["steps"], read.metadata["layer"], read.metadata["tokens"]) == (30, 1, 30 * 4 * 19)
+    assert (read.metadata["read"], read.metadata["target"]) == ("x.1", "y.1")
+    with pytest.raises(SettingsError, match=r"dictionary dictionary: frozen \(there null, here \[\"W_K"):
         trained(tmp_path / "part", architecture="batchtopk", frozen=True)
+
+
+def test_it_is_trained_beside_an_sae_on_the_same_contexts_and_alone_on_no_rows():
+    lens, rule, _, x, _ = llama()
+    make = {"n_qk": 4, "n_ov": 64, "x": x, "subspace": "outputs", "k": 8}
+    both, alone, sae = package.from_heads(rule, **make), package.from_heads(rule, **make), SAE(d_in=32, d_sae=64, k=4)
+    run = TrainSettings(steps=6, lr=3e-3, log_every=3)
+    jobs = {"lorsa": Job(both, "x.1", "y.1"), "sae": Job(sae, "y.1")}
+    found = train(jobs, AttentionPairs(Repeated(lens, rule, uneven=True), rule), run)
+    one = train(alone, AttentionPairs(Repeated(lens, rule, uneven=True), rule), run)
+    assert torch.equal(both.W_Q, alone.W_Q)
+    columns = ["step", "loss", "fvu", "l0"]
+    mine = found.metrics[found.metrics["dictionary"] == "lorsa"][columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, one.metrics[columns])
+
+    class Flat(AttentionPairs):
+        def __next__(self):
+            return super().__next__().rows()
+
+    rows = Flat(Repeated(lens, rule, uneven=True), rule)
+    plain = train(SAE(d_in=32, d_sae=64, k=4), rows, run, read="y.1").dictionaries["dictionary"]
+    assert torch.equal(plain.W_enc, sae.W_enc)
+    with pytest.raises(InputError, match="whole contexts"):
+        train(alone, rows, run)
+    with pytest.raises(InputError, match="a Lorsa needs a target"):
+        train({"a": Job(alone, "x.1")}, rows, run)
+
+
+def test_shares_of_processes_together_are_what_one_reads():
+    lens, rule, _, _, _ = llama()
+    whole = AttentionPairs(Repeated(lens, rule, uneven=True), rule)
+    shares = [AttentionPairs(Repeated(lens, rule, rank=r, world=2, uneven=True), rule) for r in (0, 1)]
+    found, wanted = next(Together(shares)), next(whole)
+    assert found.used == wanted.used == int(wanted.mask.sum())
+    for name in ("x.1", "y.1"):
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=1e-5)
+    short = Contexts({"x.1": wanted["x.1"][:, :3]}, wanted.mask[:, :3], wanted.real[:, :3], None,
+                     wanted.document[:, :3], wanted.number)  # fmt: skip
+    long = Contexts({"x.1": wanted["x.1"]}, wanted.mask, wanted.real, wanted.ids, wanted.document, wanted.number)
+    both = Contexts.joined([short, long])
+    assert torch.equal(both["x.1"][:4, :3], short["x.1"])
+    assert torch.equal(both["x.1"][4:], long["x.1"])
+    assert not bool(both.real[:4, 3:].any() | both.mask[:4, 3:].any())
+    assert bool((both.document[:4, 3:] == -1).all())
+    assert both.ids is None
+
+
+def test_pairs_that_do_not_fit():
+    lens, rule, _, _, _ = llama()
+    source = Repeated(lens, rule)
+    with pytest.raises(SettingsError, match="each once"):
+        AttentionPairs(source, [rule, rule])
+    with pytest.raises(InputError, match=r"needs text:resid_pre\.0"):
+        AttentionPairs(source, attention_rule(lens, 0, context=20))
+    with pytest.raises(InputError, match="20 positions, but the rule of the layer was measured on 12"):
+        next(AttentionPairs(source, attention_rule(lens, 1, context=12)))
 
 
 def test_low_precision_is_for_products_only():
@@ -558,15 +656,15 @@ def test_low_precision_is_for_products_only():
 TWO = """
 import sys, torch
 torch.set_num_threads(1)
-from interp.dictionaries import TrainSettings
-from interp.dictionaries.lorsa import AttentionPairs, from_heads, train_lorsa
+from interp.dictionaries import TrainSettings, train
+from interp.dictionaries.lorsa import AttentionPairs, from_heads
 from interp.dictionaries.training import Processes
 from tests.test_dictionaries_lorsa import Repeated, llama
 processes = Processes.join("cpu")
 lens, rule, _, x, _ = llama()
 lorsa = from_heads(rule, n_qk=4, n_ov=64, x=x, subspace="outputs", k=8, architecture="batchtopk")
-source = AttentionPairs(Repeated(lens, rule, rank=processes.rank, world=processes.world), rule)
-train_lorsa(lorsa, source, TrainSettings(steps=15, lr=3e-3, log_every=1, dead_feature_window=3), folder=sys.argv[1])
+source = AttentionPairs(Repeated(lens, rule, rank=processes.rank, world=processes.world, uneven=True), rule)
+train(lorsa, source, TrainSettings(steps=15, lr=3e-3, log_every=1, dead_feature_window=3), folder=sys.argv[1])
 """
 
 
@@ -582,7 +680,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
     lens, rule, _, x, _ = llama()
     lorsa = package.from_heads(rule, n_qk=4, n_ov=64, x=x, subspace="outputs", k=8, architecture="batchtopk")
     run = TrainSettings(steps=15, lr=3e-3, log_every=1, dead_feature_window=3)
-    one = package.train_lorsa(lorsa, AttentionPairs(Repeated(lens, rule), rule), run).metrics
+    one = train(lorsa, AttentionPairs(Repeated(lens, rule, uneven=True), rule), run).metrics
     two = pd.read_parquet(tmp_path / "two" / "metrics.parquet")
     for column in ("loss", "mse_loss", "auxiliary_reconstruction_loss", "fvu", "l0", "dead"):
         np.testing.assert_allclose(two[column], one[column], rtol=2e-5, atol=1e-5, err_msg=column)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from interp import errors, lens
+from interp import errors, wrapping
 from interp.models import catalogue
 from interp.models import row as catalogue_row
 from interp.models.install import installed_version
@@ -47,7 +47,7 @@ def pages_with_examples():
 @pytest.fixture(scope="module")
 def load_once():
     """`interp.load`, but a packaged model is loaded once for all pages."""
-    return functools.cache(lens.load)
+    return functools.cache(wrapping.load)
 
 
 @pytest.mark.parametrize(("page", "needs"), pages_with_examples())
@@ -56,8 +56,11 @@ def test_examples_run(page, needs, tmp_path, monkeypatch, load_once):
     for name in needs:
         if installed_version(catalogue_row(name).package) is None:
             pytest.skip(f"the package of {name} is not installed (a publisher may withdraw it)")
+    for package in ("transformer_lens", "nnsight"):
+        if any(f"import {package}" in code or f"from {package}" in code for _, code in python_of(page)):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lens, "load", load_once)
+    monkeypatch.setattr(wrapping, "load", load_once)
     namespace = {"__name__": "__docs__"}
     for line, code in python_of(page):
         # Empty lines in front make the line numbers of a traceback those of the page.
@@ -97,6 +100,8 @@ def test_the_table_of_sites_is_the_code_s():
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_generated_tables_are_up_to_date(name):
+    for package in ("transformer_lens", "nnsight") if name.startswith("backends") else ():
+        pytest.importorskip(package)
     page, make = tables.TABLES[name]
     found = tables.between((ROOT / "docs" / page).read_text(encoding="utf-8"), name)
     assert found == make(), f"docs/{page} is out of date: run python -m docs.tables"

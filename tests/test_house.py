@@ -14,8 +14,9 @@ FLOORS = [
     {"batch", "figures", "token_figures", "results", "models"},
     {"scores", "tokens", "trace", "edits", "data"},
     {"engine", "grids"},
-    {"inputs"},
+    {"inputs", "backends"},
     {"lens", "without_image"},
+    {"wrapping"},
     {"testing", "heads", "attribution", "tracing"},
     {"evaluation", "steering"},
     {"dictionaries"},
@@ -77,7 +78,8 @@ def test_files_are_short_and_never_unpickle():
         text = path.read_text()
         assert text.count("\n") < 560, f"{path} has {text.count(chr(10))} lines"
         assert "import pickle" not in text, path
-        assert "torch.load(" not in text, path
+        # torch's restricted reader makes tensors and nothing else; other projects' files are read with it.
+        assert all("weights_only=True" in line for line in text.split("\n") if "torch.load(" in line), path
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def check(config: Annotated[Path, typer.Argument(help="A config such as `interp 
         _check_evaluation(config)
         return
     if "data" in found and "layer" in found:
-        _check_training(config)
+        _check_training(config, found)
         return
     if _is_trace(found):
         _check_trace(config)
@@ -52,12 +52,14 @@ def _check_evaluation(config: Path) -> None:
     typer.echo(f"{config}: usable. {settings.model or settings.texts}: {settings.task}; {what}.")
 
 
-def _check_training(config: Path) -> None:
+def _check_training(config: Path, found: dict[str, Any]) -> None:
     from interp.cli.named import check_model
-    from interp.cli.training.settings import TrainRunSettings, read_config
+    from interp.cli.training.kinds import kind_of
+    from interp.cli.training.settings import read_config
     from interp.data.corpora import corpus
 
-    settings = TrainRunSettings.of(read_config(config))
+    cls = kind_of(found)
+    settings = cls.of(read_config(config, cls))
     check_model(settings.model)
     texts = corpus(settings.data, **settings.data_options())
     typer.echo(f"{config}: usable. {settings.model}: layer {settings.layer}; {settings.architecture}; {texts!r}.")

@@ -7,7 +7,7 @@ import typer
 
 from interp.errors import FileError, unknown
 
-KINDS = ("heads", "attribute", "trace", "train", "chair", "pope")
+KINDS = ("heads", "attribute", "trace", "train", "lorsa", "chair", "pope")
 
 
 def init(
@@ -26,11 +26,14 @@ def init(
     from interp.cli.tracing import settings as tracing
     from interp.files import write_text
 
-    if kind == "train":
+    if kind in ("train", "lorsa"):
+        from interp.cli.training.kinds import SETTINGS
         from interp.cli.training.settings import template
 
-        write_text(out, template())
-        typer.echo(f"wrote {out}; edit it, then: interp check {out} && interp train sae --config {out} --out runs/sae")
+        one, of = ("sae", "sae|transcoder") if kind == "train" else (kind, kind)
+        write_text(out, template(SETTINGS[one], of))
+        command = f"interp train {one} --config {out} --out runs/{one}"
+        typer.echo(f"wrote {out}; edit it, then: interp check {out} && {command}")
         return
     own = {"heads": settings.template, "attribute": attribution.template, "trace": tracing.template}
     write_text(out, own[kind]() if kind in own else evaluation.template(kind))

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-KINDS = ("sae", "transcoder")
+KINDS = ("sae", "transcoder", "lorsa")
 
 
 class Trainers(TyperGroup):
@@ -28,9 +28,9 @@ class Trainers(TyperGroup):
         return command
 
 
-app = typer.Typer(cls=Trainers, help="Train sparse dictionaries: SAEs and transcoders.", no_args_is_help=True)
+app = typer.Typer(cls=Trainers, help="Train sparse dictionaries: SAEs, transcoders and Lorsas.", no_args_is_help=True)
 
 
 @app.callback()
 def train() -> None:
-    """Train sparse dictionaries: SAEs and transcoders."""
+    """Train sparse dictionaries: SAEs, transcoders and Lorsas."""

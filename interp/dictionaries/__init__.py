@@ -25,6 +25,7 @@ from interp.dictionaries.features import (
 from interp.dictionaries.fidelity import Fidelity, FidelityScores
 from interp.dictionaries.files import load, save
 from interp.dictionaries.folding import fold_activation_scale, fold_batchtopk, fold_decoder_norms
+from interp.dictionaries.foreign import from_saelens
 from interp.dictionaries.lorsa import Lorsa, LorsaConfig
 from interp.dictionaries.registry import architecture, register
 from interp.dictionaries.sparse import Sparse
@@ -59,6 +60,7 @@ __all__ = [
     "fold_activation_scale",
     "fold_batchtopk",
     "fold_decoder_norms",
+    "from_saelens",
     "fuzzing_score",
     "load",
     "logit_effects",

@@ -39,12 +39,14 @@ class Loss:
             `auxiliary_reconstruction_loss`, `inner_mse_loss_<width>`.
         latents: of the batch, dense or sparse; times the decoder's norms where the settings say so.
         reconstruction: of the target [token, d_out].
+        target: what was to be reconstructed, of the tokens that count [token, d_out].
     """
 
     total: Float[Tensor, ""]
     parts: Mapping[str, Float[Tensor, ""]]
     latents: Float[Tensor, "tokens d_sae"] | Sparse
     reconstruction: Float[Tensor, "tokens d_out"]
+    target: Float[Tensor, "tokens d_out"]
 
     def counts(self) -> Int[Tensor, " d_sae"]:
         """In how many tokens of the batch each latent is active."""
@@ -159,6 +161,9 @@ class Dictionary(nn.Module):
     topk_threshold: Tensor
     W_skip: nn.Parameter
     transcodes = False
+    """Whether it reconstructs something else than what it reads."""
+    sequences = False
+    """Whether it reads whole sequences, not single tokens."""
 
     def __init__(
         self,
@@ -292,7 +297,7 @@ class Dictionary(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             parts, latents, reconstruction = self.kind.losses(self, batch)
             total = torch.stack([part.to(parts["mse_loss"].dtype) for part in parts.values()]).sum()
-        return Loss(total, parts, latents, reconstruction)
+        return Loss(total, parts, latents, reconstruction, batch.target)
 
     def before_step(self) -> None:
         """Call between backward and the optimiser: removes the gradient that a constraint forbids."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from interp.dictionaries.base import SAE, Dictionary, Transcoder
 from interp.dictionaries.config import DTYPES, DictionaryConfig
 from interp.dictionaries.folding import fold_batchtopk, fold_decoder_norms
+from interp.dictionaries.foreign import open_foreign
 from interp.dictionaries.registry import names
 from interp.errors import FileError, SettingsError, UnsupportedError, unknown
 from interp.files import read_json, read_tensors, replacing
@@ -104,10 +105,11 @@ def save(
 def load(
     folder: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: str | None = None
 ) -> SAE | Transcoder:
-    """Read a dictionary that was written here or by SAELens (inference or training form).
+    """Read a dictionary that was written here, by SAELens (inference or training form), or by others.
 
     Args:
-        folder: holds `cfg.json` and `sae_weights.safetensors`.
+        folder: holds `cfg.json` and `sae_weights.safetensors`; or what Gemma Scope (`params.npz`), dictionary_learning
+            (`config.json`, `ae.pt`) or sparsify (`cfg.json`, `sae.safetensors`) wrote, which is converted.
         device: where to put it.
         dtype: of its weights; None for that of the file.
 
@@ -121,6 +123,9 @@ def load(
         SettingsError: settings in the file contradict each other.
     """
     folder = Path(folder)
+    found = open_foreign(folder)
+    if found is not None:
+        return found.to(device, DTYPES[_dtype(dtype)] if dtype else None)  # type: ignore[return-value]
     content = read_json(folder / CFG)
     if not isinstance(content, dict) or not {"d_in", "d_sae"} <= content.keys():
         raise FileError(f"{folder / CFG} is not the cfg.json of a dictionary: it has no d_in and d_sae.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interp.engine.linear import LinearBlock, linear_block
 from interp.engine.norms import FittedNorm
+from interp.engine.placed import parameter
 from interp.engine.trail import Replay
 from interp.errors import UnknownNameError, UnsupportedError, unknown
 
@@ -87,7 +88,7 @@ class AttentionPart:
 
     def bias(self) -> Float[Tensor, " d_model"] | None:
         """The output projection's bias, b_O."""
-        return getattr(self.out_proj, "bias", None)
+        return parameter(self.out_proj, "bias", self.out_name)
 
 
 def projection_matrix(module: nn.Module, name: str) -> Float[Tensor, "d_in d_out"]:
@@ -96,7 +97,7 @@ def projection_matrix(module: nn.Module, name: str) -> Float[Tensor, "d_in d_out
     Raises:
         UnsupportedError: the weight is packed (quantised) or absent.
     """
-    weight = getattr(module, "weight", None)
+    weight = parameter(module, "weight", name)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise UnsupportedError(
             f"{name} ({type(module).__name__}) has no plain floating-point weight matrix (quantised?); sites that need "
@@ -269,7 +270,7 @@ class Unembedding:
             stream = norm(stream)
         for scale in self.scales:
             stream = stream * scale({})
-        matrix, bias = projection_matrix(self.module, self.name).T, getattr(self.module, "bias", None)
+        matrix, bias = projection_matrix(self.module, self.name).T, parameter(self.module, "bias", self.name)
         ids = ids.to(matrix.device)
         logits = stream.to(matrix).float() @ matrix[ids].float().T
         logits = logits if bias is None else logits + bias[ids].float()

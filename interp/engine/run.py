@@ -15,6 +15,7 @@ from interp.edits import Edit
 from interp.engine.anatomy import Anatomy
 from interp.engine.entry import Entry, Prefix, check_entry, cropped, entered
 from interp.engine.hooks import attached
+from interp.engine.placed import device_of as device_of
 from interp.engine.plan import Plan, heads_of, layers_of, make_plan, plan_for
 from interp.engine.recorder import Recorder, Stop, check_no_nan, gather_positions, reduce_part
 from interp.errors import InputError, SettingsError, UnsupportedError
@@ -28,11 +29,6 @@ _IMAGE_INPUTS = ("pixel", "image", "aspect_ratio", "cross_attention_mask")
 def parameters_of(module: nn.Module) -> set[str]:
     """Names that a module's forward takes."""
     return set(inspect.signature(module.forward).parameters)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where inputs have to be: the device of the first parameter that lies on a real device."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def run(
@@ -210,14 +206,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for parameters for the time of a run, which saves the memory of their graph."""
-    active = [p for p in model.parameters() if p.requires_grad]
-    for p in active:
-        p.requires_grad_(False)
+    owned = [(m._parameters, n) for m in model.modules() for n, p in m._parameters.items() if p is not None]
+    active = [(held, name) for held, name in owned if held[name].requires_grad]
+    for held, name in active:
+        held[name].requires_grad_(False)
     try:
         yield
     finally:
-        for p in active:
-            p.requires_grad_(True)
+        for held, name in active:  # by name: a parameter that is brought in and put away is another tensor by now
+            held[name].requires_grad_(True)
 
 
 def _backward(

@@ -79,13 +79,17 @@ class Watch(TorchFunctionMode):
         self._model = model
         self._names = {id(m): n for n, m in model.named_modules()}
         self.parameters = {id(p): n for n, p in [*model.named_parameters(), *model.named_buffers()]}
+        self._offloads = any(p.is_meta for p in model.parameters())
         self._handles: list = []
 
     def value(self, tensor: Tensor) -> Value:
         """The present `Value` of a tensor; one that nobody made is a parameter or an outside input."""
         found = self._current.get(id(tensor))
         if found is None:
-            op = "parameter" if id(tensor) in self.parameters else "outside"
+            brought_in = isinstance(tensor, nn.Parameter) and id(tensor) not in self.parameters
+            op = "parameter" if brought_in or id(tensor) in self.parameters else "outside"
+            if brought_in and tensor.ndim > 1:  # a matrix of a module that is offloaded: it is not kept from leaving
+                return Value(tensor.detach().to("meta"), op)
             found = Value(tensor, op)
             self._remember(tensor, found)
         return found
@@ -98,7 +102,7 @@ class Watch(TorchFunctionMode):
         """Run the function and record what it made."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if name == "__get__":
+        if name == "__get__" or self._loads(args, kwargs):
             return func(*args, **kwargs)
         inputs = [self.value(t) for t in _tensors((args, kwargs))]
         linked, named = _link(args, self), _link(kwargs, self)
@@ -112,6 +116,13 @@ class Watch(TorchFunctionMode):
         if out is None and in_place and inputs:
             self._remember(args[0], Value(args[0], name, func, linked, named, inputs))
         return out
+
+    def _loads(self, args: tuple, kwargs: dict) -> bool:
+        """Whether an operation works on tensors alone that nothing here made: accelerate brings weights in."""
+        if not self._offloads:
+            return False
+        given = list(_tensors((args, kwargs)))
+        return bool(given) and not any(id(t) in self._current or id(t) in self.parameters for t in given)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         call = Call(module, self._names.get(id(module), "?"), parent=self._stack[-1] if self._stack else None)

@@ -18,6 +18,7 @@ from interp.report.blocks import (
 from interp.report.features import feature_sections, write_feature_page
 from interp.report.heads import head_sections
 from interp.report.heatmap import overlay
+from interp.report.lorsa import write_lorsa_page
 from interp.report.page import write_report
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "head_sections",
     "overlay",
     "write_feature_page",
+    "write_lorsa_page",
     "write_report",
 ]

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MOST = 300  # tokens of a context that are written
 COVER = 0.65  # what is under the strongest patches should be seen
-_PLACED = ("patch", "tile", "thumbnail")
-_PLAIN = "#f3f5f7"  # behind tokens without activation
+PLACED = ("patch", "tile", "thumbnail")
+PLAIN = "#f3f5f7"  # behind tokens without activation
 
 
 def write_feature_page(
@@ -97,11 +97,15 @@ def feature_sections(
         raise SettingsError(f"examples is at least 1, found {examples}.")
     if corpus is not None and corpus.identity != contexts.settings["corpus"]:
         raise SettingsError("this corpus is not the one that the contexts come from.")
-    page = _Page(contexts, effects, neighbours, explanations or {}, tuple(scores), corpus, examples)
+    page = Page(contexts, effects, neighbours, explanations or {}, tuple(scores), corpus, examples)
     return [page.index(), *(page.latent(n) for n in contexts.latents.tolist()), page.reading()]
 
 
-class _Page:
+class Page:
+    """Makes the sections; a page of another kind of latents overrides what differs."""
+
+    noun = "Latent"
+
     def __init__(
         self,
         contexts: "FeatureContexts",
@@ -119,8 +123,8 @@ class _Page:
 
     def index(self) -> Section:
         """All latents in one table."""
-        frame = self.contexts.frame()[["latent", "density", "maximum", "mean"]]
-        columns: dict[str, list[Any]] = {}
+        frame: Any = self.contexts.frame()[["latent", "density", "maximum", "mean"]]
+        columns: dict[str, list[Any]] = self.columns()
         if self.effects is not None:
             columns["writes towards"] = [
                 " ".join(repr(token) for token, _ in self.effects.of(n)[0][:4]) for n in self.place
@@ -131,29 +135,35 @@ class _Page:
             ]
         if self.explanations:
             columns["explanation"] = [self.explanations.get(n, "") for n in self.place]
-        text = "Density is the share of tokens in which a latent is active; mean is over these tokens alone."
+        text = f"Density is the share of tokens in which a {self.noun.lower()} is active; mean is over these alone."
+        frame = frame.rename(columns={"latent": self.noun.lower()})
         blocks: list[Any] = [Table(frame.assign(**columns), text, max_rows=2000)]
         blocks += [Text(_summary(s)) for s in self.scores]
         return Section("Index", blocks)
 
+    def columns(self) -> dict[str, list[Any]]:
+        """Further columns of the index."""
+        return {}
+
     def latent(self, latent: int) -> Section:
         """One latent."""
-        blocks: list[Any] = [KeyValues(dict(self._numbers(latent)))]
+        blocks: list[Any] = [KeyValues(dict(self.numbers(latent)))]
         if self.effects is not None:
             blocks.append(self._tokens(latent))
         top = self.contexts.examples(latent, "top")[: self.examples]
         drawn = self.contexts.examples(latent, "sampled")[: (self.examples + 1) // 2]
-        largest = max((float(np.abs(e.activations).max()) for e in top), default=0.0) or 1.0
+        largest = self.largest([*top, *drawn])
         if not top:
             blocks.append(Text("It was active in no token that was seen."))
         for caption, some in (
             ("Contexts with its largest activations", top),
             ("Contexts about active tokens that were drawn at random, the strongest first", drawn),
         ):
-            blocks += _panels([self._panel(e, largest) for e in some], caption)
-        return Section(f"Latent {latent}", blocks)
+            blocks += _panels([self.panel(e, largest) for e in some], caption)
+        return Section(f"{self.noun} {latent}", blocks)
 
-    def _numbers(self, latent: int) -> Iterator[tuple[str, Any]]:
+    def numbers(self, latent: int) -> Iterator[tuple[str, Any]]:
+        """What is said of one latent, by name."""
         i = self.place[latent]
         if latent in self.explanations:
             yield "Explanation", self.explanations[latent]
@@ -181,17 +191,26 @@ class _Page:
         seen = f"; {behind} layer{'s' if behind > 1 else ''} behind the site not seen" if behind else ""
         return Table(frame, f"Direct effect on the logits ({self.effects.unit}{seen})")
 
-    def _panel(self, example: "Example", largest: float) -> Panel:
-        where = [f"context {example.number}", f"token {example.position}"]
-        where += [f"document {example.document}"] if example.document >= 0 else []
-        title = f"{example.value:.3g} at {self._at(example)}"
+    def largest(self, examples: Sequence["Example"]) -> float:
+        """The number with the strongest colour in the examples of a latent."""
+        top = [e for e in examples if e.group == "top"]
+        return max((float(np.abs(e.activations).max()) for e in top), default=0.0) or 1.0
+
+    def panel(self, example: "Example", largest: float) -> Panel:
+        """One context."""
+        title = f"{example.value:.3g} at {self.at(example)}"
         png, png_scale = self._picture(example, largest)
         written = np.array([kind != "image" for kind in example.kinds])
         chips, scale = _chips(example, largest) if bool(written.any()) else ([], None)
         scale = scale if bool(example.activations[written].any()) else None
-        return Panel(title, chips, scale, png, png_scale, ", ".join(where))
+        return Panel(title, chips, scale, png, png_scale, self.where(example))
 
-    def _at(self, example: "Example") -> str:
+    def where(self, example: "Example") -> str:
+        """Which context and token it is."""
+        where = [f"context {example.number}", f"token {example.position}"]
+        return ", ".join([*where, *([f"document {example.document}"] if example.document >= 0 else [])])
+
+    def at(self, example: "Example") -> str:
         """The middle token by name: its text, or its patch."""
         if example.kinds[example.peak] != "image":
             return repr(example.tokens[example.peak])
@@ -203,17 +222,18 @@ class _Page:
 
     def _picture(self, example: "Example", largest: float) -> tuple[bytes, Scale | None]:
         patches = example.patches
-        if patches is None or not any(k in _PLACED for k in patches.kind):
+        if patches is None or not any(k in PLACED for k in patches.kind):
             return b"", None
         at = (patches.column == example.peak).nonzero()[:, 0].tolist()
         image = int(patches.image[at[0]]) if at else 0
-        if not any(k in _PLACED and n == image for k, n in zip(patches.kind, patches.image.tolist(), strict=True)):
+        if not any(k in PLACED and n == image for k, n in zip(patches.kind, patches.image.tolist(), strict=True)):
             return b"", None
         grid = example.image_map(image).numpy()
         signed = bool((example.activations < 0).any())
-        return overlay(grid, self._ground(example, image, grid), signed=signed, largest=largest, cover=COVER)
+        return overlay(grid, self.ground(example, image, grid), signed=signed, largest=largest, cover=COVER)
 
-    def _ground(self, example: "Example", image: int, grid: np.ndarray) -> "Image | None":
+    def ground(self, example: "Example", image: int, grid: np.ndarray) -> "Image | None":
+        """The picture under a map, if it is there in the map's size."""
         if self.corpus is None or example.document < 0:
             return None
         pictures = self.corpus.document(example.document).images
@@ -258,7 +278,7 @@ def _chips(example: "Example", largest: float) -> tuple[list[tuple[str, str, str
     for chip in chips_of(example.tokens[kept], example.activations[kept], example.kinds[kept]):
         back = QUIET
         if chip.score is not None:
-            back = colours(np.array([chip.score]), low, largest, signed)[0] if chip.score else _PLAIN
+            back = colours(np.array([chip.score]), low, largest, signed)[0] if chip.score else PLAIN
         number = "" if chip.score is None else f" = {chip.score:.4g}"
         found.append((html.unescape(chip.text), html.unescape(chip.hover) + number, back, inks([back])[0]))
     return found, Scale(DIVERGING if signed else SEQUENTIAL, f"{low:.2g}", f"{largest:.2g}")

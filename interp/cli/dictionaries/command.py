@@ -37,10 +37,11 @@ def evaluate_sae(
     config: Annotated[Path | None, typer.Option("--config", help="A yaml file; options win over it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
 ) -> None:
-    """Score the dictionary in PATH (an SAE or a transcoder): fidelity, and the model's loss with it in place.
+    """Score the dictionary in PATH (SAE, transcoder or Lorsa): fidelity, and the model's loss with it in place.
 
     Loss and KL recovered are given against zero and mean ablation, with bootstrap intervals over contexts; only the
-    layers above the site run again. The model and the site come from the file where they are not given.
+    layers above the site run again. The model and the site come from the file where they are not given. A Lorsa stands
+    for what the attention of its layer adds to the stream: compare it with a dictionary of attn_out at the same l0.
     """
     options = {key: value for key, value in locals().items() if key not in ("out", "config", "overwrite")}
     from interp.cli.named import named_methods

@@ -11,13 +11,14 @@ from interp.errors import FileError, SettingsError
 if TYPE_CHECKING:
     from interp.dictionaries import Dictionary
     from interp.dictionaries.features import Chat, FeatureContexts
+    from interp.dictionaries.lorsa import PlacedLorsa
 
 TOP = 20
 KEY = "INTERP_API_KEY"
 
 
 def features(
-    path: Annotated[Path, typer.Argument(help="The folder of a dictionary (cfg.json and sae_weights.safetensors).")],
+    path: Annotated[Path, typer.Argument(help="The folder of a dictionary: an SAE, a transcoder or a Lorsa.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Texts: a file, a folder, hf:NAME, or `scenes`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder that is written.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Default: what the file says.")] = None,
@@ -31,7 +32,9 @@ def features(
     column: Annotated[str | None, typer.Option("--column", help="The column of a table with the text.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Of a data set or of the scenes.")] = None,
     contexts: Annotated[int | None, typer.Option("--contexts", min=1, help="At most so many contexts.")] = None,
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of a context.")] = 256,
+    context: Annotated[
+        int, typer.Option("--context", min=2, help="Tokens of a context, at most those that a Lorsa knows.")
+    ] = 256,
     tokens: Annotated[str, typer.Option("--tokens", help="Use all, text or image tokens.")] = "all",
     window: Annotated[int, typer.Option("--window", min=0, help="Tokens shown on each side of the middle one.")] = 16,
     examples: Annotated[int, typer.Option("--examples", min=1, help="Contexts of each latent.")] = 8,
@@ -52,18 +55,23 @@ def features(
     Writes report.html, latents.parquet, windows.parquet, neighbours.parquet, logits.parquet (for sites of the residual
     stream) and the folder contexts/, which `interp.scores.load` reads. With --chat-url or --chat-model latents are
     explained by a chat model and the explanations scored.
+
+    Of the heads of a Lorsa the page shows where they fire with the tokens that fed them, what they do (induction,
+    previous token, successor, ...), and which of the layer's heads they draw on: behaviours.parquet, relations.parquet.
     """
     if latents is not None and top is not None:
         raise SettingsError("give either --latents or --top.")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise FileError(f"{out} is not empty: give another --out, or --overwrite.")
     from interp.cli.console import load as load_model
+    from interp.cli.dictionaries.opened import context_of, opened
     from interp.cli.named import check_model
     from interp.data import corpus
-    from interp.dictionaries import load
     from interp.dictionaries.features import top_contexts
+    from interp.dictionaries.lorsa import head_contexts
+    from interp.dictionaries.placing import placed
 
-    dictionary = load(path)
+    dictionary = opened(path)
     name = model or dictionary.metadata.get("model_name")
     if not name:
         raise SettingsError(f"{path} does not say which model it is of: give --model.")
@@ -75,22 +83,15 @@ def features(
     typer.echo(f"loading {name} ...")
     lens = load_model(name, device=device, dtype=dtype)
     dictionary.to(next(lens.model.parameters()).device)
-    found = top_contexts(
-        dictionary,
-        lens,
-        texts,
-        read=read,
-        latents=asked,
-        k=examples,
-        window=window,
-        contexts=contexts,
-        batch=batch_size,
-        context=context,
-        tokens=tokens,  # pyright: ignore[reportArgumentType]
-        seed=seed,
-    )
-    if asked is None:
-        found = found.select(_strongest(dictionary, found, TOP if top is None else top))
+    dictionary = placed(dictionary, lens, texts, read=read, target=target)
+    asking: dict[str, Any] = {"k": examples, "window": window, "contexts": contexts, "batch": batch_size}
+    asking |= {"context": context_of(dictionary, context), "tokens": tokens, "seed": seed}
+    most = None if asked is not None else TOP if top is None else top
+    if dictionary.sequences:
+        found = head_contexts(dictionary, lens, texts, heads=asked, most=most, **asking)
+    else:
+        found = top_contexts(dictionary, lens, texts, read=read, latents=asked, **asking)
+        found = found if most is None else found.select(_strongest(dictionary, found, most))
     page = _write(out, dictionary, lens, texts, found, read, target, chat, examples)
     typer.echo(found.frame().to_string(index=False, float_format=lambda x: f"{x:.4g}"))
     typer.echo(f"report: {page}")
@@ -126,7 +127,7 @@ def _chat(url: str | None, name: str | None) -> "Chat | None":
 
 def _write(
     out: Path,
-    dictionary: "Dictionary",
+    dictionary: "Dictionary | PlacedLorsa",
     lens: Any,
     texts: Any,
     found: "FeatureContexts",
@@ -138,7 +139,7 @@ def _write(
     from interp.dictionaries.features import detection_score, explain, fuzzing_score, logit_effects, neighbours
     from interp.errors import InputError, UnsupportedError
     from interp.files import write_parquet
-    from interp.report import write_feature_page
+    from interp.report import write_feature_page, write_lorsa_page
 
     latents = found.latents
     near = neighbours(dictionary, latents, 8) if dictionary.cfg.d_sae > 1 else None
@@ -168,13 +169,27 @@ def _write(
         write_parquet(out / "neighbours.parquet", near.frame())
     if effects is not None:
         write_parquet(out / "logits.parquet", effects.frame())
-    return write_feature_page(
-        out,
-        found,
-        effects=effects,
-        neighbours=near,
-        explanations=lines,
-        scores=scores,
-        corpus=texts,
-        examples=examples,
-    )
+    shown: dict[str, Any] = {"effects": effects, "neighbours": near, "explanations": lines, "scores": scores}
+    shown |= {"corpus": texts, "examples": examples}
+    if not dictionary.sequences:
+        return write_feature_page(out, found, **shown)
+    return write_lorsa_page(out, found, **shown, **_of_heads(out, dictionary, lens, texts, found))  # type: ignore[arg-type]
+
+
+def _of_heads(out: Path, at: "PlacedLorsa", lens: Any, texts: Any, found: "FeatureContexts") -> dict[str, Any]:
+    """What the heads of a Lorsa do, and whose work; written as tables, too."""
+    from interp.dictionaries.lorsa import head_behaviours, head_relations
+    from interp.errors import UnsupportedError
+    from interp.files import write_parquet
+
+    settings = found.settings
+    names = ("contexts", "context", "packed", "special", "separator", "tokens", "drop_first")
+    relations = head_relations(at, lens, texts, **{name: settings[name] for name in names})
+    write_parquet(out / "relations.parquet", relations.frame())
+    try:
+        behaviours = head_behaviours(at, lens)
+    except UnsupportedError as error:
+        typer.echo(f"no behaviours: {error}", err=True)
+        return {"relations": relations}
+    write_parquet(out / "behaviours.parquet", behaviours.frame())
+    return {"relations": relations, "behaviours": behaviours}

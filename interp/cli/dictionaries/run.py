@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from interp.cli.console import load, table
+from interp.cli.dictionaries.opened import context_of, files_of, opened
 from interp.cli.dictionaries.settings import SaeSettings
 from interp.cli.folders import Kind, write_settings
 from interp.errors import SettingsError
 from interp.files import sha256, write_json, write_parquet
+from interp.reads import Read
 
 if TYPE_CHECKING:
     from interp.dictionaries import Dictionary
     from interp.dictionaries.evaluation import DictionaryScores
+    from interp.dictionaries.lorsa import Lorsa
 
 KIND = Kind(
     "interp-evaluate-sae-run",
@@ -25,7 +28,6 @@ KIND = Kind(
     ("settings.yaml", "numbers.parquet", "contexts.parquet", "latents.parquet", "report.html"),
     ("scores",),
 )
-FILES = ("cfg.json", "sae_weights.safetensors")
 
 
 def run_sae(settings: SaeSettings, out: str | os.PathLike[str], *, overwrite: bool = False) -> "DictionaryScores":
@@ -42,19 +44,17 @@ def run_sae(settings: SaeSettings, out: str | os.PathLike[str], *, overwrite: bo
     from interp.cli.named import check_model
     from interp.data import corpus
     from interp.dictionaries import evaluate
-    from interp.dictionaries import load as load_dictionary
     from interp.dictionaries.evaluation import DictionaryScores
-    from interp.dictionaries.evaluation.applied import site_of
     from interp.report import Provenance
 
-    dictionary = load_dictionary(settings.path)
-    read, target = site_of(dictionary, settings.read, settings.target)
+    dictionary = opened(settings.path)
+    read, target = sites_of(dictionary, settings.read, settings.target)
     model = model_of(settings, dictionary)
     check_model(model)
     text = corpus(settings.data, **settings.data_options())
     path = Path(out)
     asked = {**settings.hashed(), "model": model, "read": read, "target": target, "corpus": text.identity}
-    asked |= {f"{name}_sha256": sha256(Path(settings.path) / name) for name in FILES}
+    asked |= {f"{name}_sha256": sha256(Path(settings.path) / name) for name in files_of(settings.path)}
     record = {"complete": False, **KIND.open(path, asked, overwrite=overwrite)}
     if record["complete"]:
         typer.echo(f"sae: complete in {path} with the same settings; not computed again.")
@@ -69,7 +69,8 @@ def run_sae(settings: SaeSettings, out: str | os.PathLike[str], *, overwrite: bo
     typer.echo(f"loading {model} ...")
     lens = load(model, device=settings.device, dtype=settings.dtype)
     dictionary = dictionary.to(next(lens.model.parameters()).device)
-    scores = evaluate(dictionary, lens, text, **settings.options(), progress=sys.stderr.isatty())
+    options: dict[str, Any] = settings.options() | {"context": context_of(dictionary, settings.context)}
+    scores = evaluate(dictionary, lens, text, **options, progress=sys.stderr.isatty())
     scores.save(path / "scores")
     record["about"] = about(dictionary)
     record["provenance"] = asdict(Provenance.here({}, seed=settings.seed))
@@ -82,7 +83,26 @@ def run_sae(settings: SaeSettings, out: str | os.PathLike[str], *, overwrite: bo
     return scores
 
 
-def model_of(settings: SaeSettings, dictionary: "Dictionary") -> str:
+def sites_of(dictionary: "Dictionary | Lorsa", read: str | None, target: str | None) -> tuple[str, str]:
+    """What a dictionary reads and what it stands for, before the model is there.
+
+    Raises:
+        SettingsError: they are neither given nor in the file.
+    """
+    from interp.dictionaries.evaluation.applied import site_of
+
+    if not dictionary.sequences:
+        return site_of(dictionary, read, target)  # type: ignore[arg-type]
+    layer, tower = dictionary.metadata.get("layer"), dictionary.metadata.get("tower")
+    if read is None and layer is None:
+        raise SettingsError("which layer the Lorsa is of is neither given nor in its metadata: --read resid_pre.8.")
+    own = [
+        str(Read(site, layers=None if layer is None else (layer,), tower=tower)) for site in ("resid_pre", "attn_out")
+    ]
+    return read or own[0], target or own[1]
+
+
+def model_of(settings: SaeSettings, dictionary: "Dictionary | Lorsa") -> str:
     """The model's name, from the dictionary's metadata where none is given.
 
     Raises:
@@ -94,10 +114,10 @@ def model_of(settings: SaeSettings, dictionary: "Dictionary") -> str:
     return str(model)
 
 
-def about(dictionary: "Dictionary") -> dict[str, Any]:
+def about(dictionary: "Dictionary | Lorsa") -> dict[str, Any]:
     """What the page says of the dictionary."""
     cfg = dictionary.cfg
-    kind = "transcoder" if dictionary.transcodes else "SAE"
+    kind = "Lorsa" if dictionary.sequences else "transcoder" if dictionary.transcodes else "SAE"
     return {
         "kind": f"{cfg.architecture} {kind}",
         "latents": cfg.d_sae,

@@ -27,7 +27,7 @@ class SaeSettings:
         SettingsError: a value is of the wrong type or outside its range, or something needed is missing.
     """
 
-    path: str = setting("", "folder of a dictionary: cfg.json and sae_weights.safetensors, of interp or SAELens")
+    path: str = setting("", "folder of a dictionary: an SAE or transcoder of interp or SAELens, or a Lorsa")
     model: str | None = setting(
         None, "a packaged model (`interp models`), a folder, or a hub id; null for the one in the file"
     )
@@ -47,7 +47,7 @@ class SaeSettings:
     )
     contexts: int = setting(64, "how many contexts", least=1)
     batch_size: int = setting(8, "contexts in one run of the model", least=1)
-    context: int = setting(256, "tokens of a context", least=2)
+    context: int = setting(256, "tokens of a context, at most those that a Lorsa knows", least=2)
     packed: bool = setting(True, "fill contexts with one document after the other")
     special: str = setting("tokenizer", "what stands around each context", choices=("tokenizer", "bos", "none"))
     separator: str = setting("eos", "what follows each document of packed contexts", choices=("eos", "bos", "none"))

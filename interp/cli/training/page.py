@@ -17,10 +17,17 @@ CURVES = {
     "loss": ("Loss", "sum over dimensions, mean over tokens, penalties within"),
 }
 MOST_LINES = 7
+SIZES = (
+    "QK heads and OV heads (each QK head is shared by as many OV heads), width of queries and keys, first weights, and "
+    "whether queries and keys stay as the layer has them."
+)
+TITLES = {"sae": "Sparse autoencoders", "transcoder": "Transcoders", "lorsa": "Low-rank sparse attention"}
 
 
 def write_page(folder: Path, record: Mapping[str, Any], metrics: "pd.DataFrame") -> Path:
     """Write `report.html`."""
+    import pandas as pd
+
     settings = record["settings"]
     last: Any = metrics.groupby("dictionary", sort=False).last().reset_index()
     shown = ["dictionary", "step", "fvu", "l0", "dead", "loss"]
@@ -30,12 +37,15 @@ def write_page(folder: Path, record: Mapping[str, Any], metrics: "pd.DataFrame")
         "single batches, whose tokens were trained on in the same step: for numbers to report, measure on other text."
     )
     blocks: list[Any] = [Text(text), Table(last[shown], "The last logged batch.")]
-    if target:
+    if record["kind"] == "lorsa":
+        columns = ("n_qk", "n_ov", "d_qk", "init", "freeze_qk")
+        sizes = [[name, *(row[c] for c in columns)] for name, row in record["dictionaries"].items()]
+        blocks.append(Table(pd.DataFrame(sizes, columns=["dictionary", *columns]), SIZES))
+    elif target:
         blocks.append(KeyValues({name: f"reconstructs {what}" for name, what in target.items()}))
     sections = [Section("Summary", blocks), Section("Curves", curves(metrics))]
     source = Provenance(**{**record["provenance"], "settings": settings})
-    kind = "Transcoders" if record["kind"] == "transcoder" else "Sparse autoencoders"
-    title = f"{kind} of {settings['model']}"
+    title = f"{TITLES[record['kind']]} of {settings['model']}"
     return write_report(folder, title=title, subtitle="Training", sections=sections, provenance=source)
 
 

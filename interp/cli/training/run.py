@@ -15,9 +15,7 @@ from interp.files import write_json
 if TYPE_CHECKING:
     import pandas as pd
 
-    from interp.data.corpora import Corpus
     from interp.dictionaries import Job
-    from interp.dictionaries.activations import ActivationStream, Rows, Source
     from interp.dictionaries.training import Processes
     from interp.lens import Lens
 
@@ -42,7 +40,7 @@ def run_training(
     """Train what is asked for into a run folder, or go on with what is there.
 
     Args:
-        kind: `sae` or `transcoder`.
+        kind: `sae`, `transcoder` or `lorsa`.
         settings: what is asked.
         out: the run folder.
         lens: the model, where it is loaded already.
@@ -51,6 +49,7 @@ def run_training(
     Raises:
         InterpError: something asked for does not fit the model, the data or the folder.
     """
+    from interp.cli.training import contexts, rows
     from interp.data.corpora import corpus
     from interp.dictionaries.training import Processes, train
     from interp.report import Provenance
@@ -69,14 +68,14 @@ def run_training(
         record["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
         record["provenance"] = asdict(Provenance.here({}, seed=settings.seed))
     processes.wait()
-    stream = stream_of(kind, settings, lens, texts, processes)
-    jobs = jobs_of(kind, settings, stream)
+    part: Any = contexts if kind == "lorsa" else rows
+    stream, jobs = part.begun(kind, settings, lens, texts, processes)
     if processes.first:
-        record["dictionaries"] = {name: {"read": job.read, "target": job.target} for name, job in jobs.items()}
+        record["dictionaries"] = {name: described(job) for name, job in jobs.items()}
         write_settings(path, record["settings"], f"interp train {kind}")
         write_json(path / "run.json", record)
-    source = source_of(settings, stream, processes, say)
-    say(f"{len(jobs)} dictionaries, {settings.training().steps:,} steps of {settings.batch_size:,} tokens")
+    source = part.source_of(settings, stream, processes, say)
+    say(f"{len(jobs)} dictionaries, {settings.steps:,} steps of {settings.per_step}")
     try:
         trained = train(
             jobs,
@@ -105,55 +104,13 @@ def _device(asked: str | None, processes: "Processes") -> str | None:
     return asked if alone else f"cuda:{torch.cuda.current_device()}"
 
 
-def stream_of(kind: str, settings: Any, lens: "Lens", texts: "Corpus", processes: "Processes") -> "ActivationStream":
-    """This process's share of the activations of the corpus."""
-    from interp.dictionaries.activations import ActivationStream
-
-    reads = dict.fromkeys(read for pair in settings.reads(kind) for read in pair if read is not None)
-    options = {**settings.stream_options(), "rank": processes.rank, "world": processes.world}
-    return ActivationStream(lens, texts, list(reads), **options)
-
-
-def jobs_of(kind: str, settings: Any, stream: "ActivationStream") -> "dict[str, Job]":
-    """The dictionaries by name, such as `resid_post.10-topk-k32`, on the model's device."""
-    from interp.dictionaries import SAE, Job, Transcoder
-
-    jobs = {}
-    device = next(stream.lens.model.parameters()).device
-    asked = dict.fromkeys(read for pair in settings.reads(kind) for read in pair if read is not None)
-    named = dict(zip(asked, stream.reads, strict=True))  # layers from the end have their number there
-    for one, other in settings.reads(kind):
-        read, target = named[one], None if other is None else named[other]
-        for options in settings.dictionaries(stream.d_in[read]):
-            sized = [f"k{options['k']:g}"] if "k" in options else []
-            parts = [read.replace(":", "-"), options["architecture"], *sized]
-            if target is not None:
-                options = {**options, "d_out": stream.d_in[target]}
-            made = (SAE if target is None else Transcoder)(**options)
-            jobs["-".join(parts)] = Job(made.to(device), read, target)
-    return jobs
-
-
-def source_of(settings: Any, stream: "ActivationStream", processes: "Processes", say: Any) -> "Source[Rows]":
-    """Batches of this process: mixed from the stream, or from the store where one is named."""
-    import torch
-
-    from interp.dictionaries.activations import ActivationStore, MixingBuffer, Prefetch, harvest
-
-    device, world = next(stream.lens.model.parameters()).device, processes.world
-    # On a CPU a thread that reads ahead would take the cores of the training.
-    ahead = Prefetch(stream) if device.type == "cuda" else stream
-    if settings.store is None:
-        share = {"rows": settings.buffer // world, "batch": settings.batch_size // world}
-        return MixingBuffer(ahead, **share, seed=settings.seed + processes.rank, dtype=torch.float32)
-    say(f"activations are kept in {settings.store}")
-    tokens = -(-settings.tokens // world)
-    harvest(ahead, settings.store, tokens=tokens, dtype=settings.store_dtype, keep="rows")
-    ahead.close()
-    processes.wait()
-    store = ActivationStore(settings.store)
-    options = {"batch": settings.batch_size, "seed": settings.seed, "epochs": None, "device": device}
-    return store.rows(**options, rank=processes.rank, world=world)
+def described(job: "Job") -> dict[str, Any]:
+    """What the record says of a dictionary."""
+    found: dict[str, Any] = {"read": job.read, "target": job.target}
+    if job.dictionary.sequences:
+        found |= {name: getattr(job.dictionary.cfg, name) for name in ("n_qk", "n_ov", "d_qk")}
+        found |= {name: job.dictionary.metadata[name] for name in ("init", "freeze_qk")}
+    return found
 
 
 def show(metrics: "pd.DataFrame") -> None:

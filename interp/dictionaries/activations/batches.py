@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -41,6 +41,11 @@ class Rows:
     def __len__(self) -> int:
         """How many tokens."""
         return self.context.shape[0]
+
+    @property
+    def used(self) -> int:
+        """How many tokens are used: all."""
+        return len(self)
 
     def __getitem__(self, read: str) -> Float[Tensor, "row d"]:
         """The activations of a read."""
@@ -77,6 +82,11 @@ class Contexts:
         """How many contexts."""
         return self.number.shape[0]
 
+    @property
+    def used(self) -> int:
+        """How many tokens are used."""
+        return int(self.mask.sum())
+
     def __getitem__(self, read: str) -> Float[Tensor, "batch pos d"]:
         """The activations of a read."""
         return self.values[read]
@@ -93,6 +103,26 @@ class Contexts:
         ids = None if self.ids is None else self.ids.to(device)
         rest = (self.document.to(device), self.number.to(device))
         return Contexts(values, self.mask.to(device), self.real.to(device), ids, *rest)
+
+    @staticmethod
+    def joined(parts: Sequence[Contexts]) -> Contexts:
+        """Several one below the other, all padded on the right to the longest."""
+        longest = max(part.mask.shape[1] for part in parts)
+
+        def below(found: Sequence[Tensor], fill: float) -> Tensor:
+            if all(t.shape[1] == longest for t in found):
+                return torch.cat(list(found))
+            out = found[0].new_full((sum(map(len, found)), longest, *found[0].shape[2:]), fill)
+            for place, t in zip(out.split([len(t) for t in found]), found, strict=True):
+                place[:, : t.shape[1]] = t
+            return out
+
+        values = {name: below([part.values[name] for part in parts], 0) for name in parts[0].values}
+        mask, real = below([part.mask for part in parts], False), below([part.real for part in parts], False)
+        ids = [part.ids for part in parts if part.ids is not None]
+        document = below([part.document for part in parts], -1)
+        number = torch.cat([part.number for part in parts])
+        return Contexts(values, mask, real, below(ids, 0) if len(ids) == len(parts) else None, document, number)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,13 +221,20 @@ def check_settings(held: Any, own: Mapping[str, Any], what: str) -> None:
         SettingsError: some differ; the message names them with both values.
     """
     held = held if isinstance(held, dict) else {}
-    plain = json.loads(json.dumps(own))
-    names = dict.fromkeys([*plain, *held])
-    differ = [
-        f"{k} (there {_short(held.get(k))}, here {_short(plain.get(k))})" for k in names if held.get(k) != plain.get(k)
-    ]
+    differ = _differences(held, json.loads(json.dumps(own)))
     if differ:
         raise SettingsError(f"{what} is of another source: {'; '.join(differ)}.")
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> list[str]:
+    found: list[str] = []
+    for key in dict.fromkeys([*here, *there]):
+        one, two = there.get(key), here.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += _differences(one, two, f"{within}{key}: ")
+        elif one != two:
+            found.append(f"{within}{key} (there {_short(one)}, here {_short(two)})")
+    return found
 
 
 def _short(value: Any) -> str:

@@ -86,6 +86,11 @@ class ActivationStream:
         prepared = self._prepare([first])  # the parts of some models are found on the first picture
         self._reads, self._tower = resolve(lens, reads)
         self.reads = tuple(map(str, self._reads))
+        if prepared.source_mask is not None and self._tower != "encoder":
+            raise SettingsError(
+                f"the decoder of {lens.name} is given a start token alone: read its encoder, such as "
+                f"'encoder:{self._reads[0].site}.0'."
+            )
         probe = self._contexts_of([first], prepared)
         self._d_in = {name: value.shape[-1] for name, value in probe.values.items()}
         self._model = fingerprint(lens)

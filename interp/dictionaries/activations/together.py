@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from interp.dictionaries.activations.batches import Rows, Source, State, check_settings
+from interp.dictionaries.activations.batches import Contexts, Rows, Source, State, check_settings
 from interp.errors import SettingsError
 
 
@@ -18,16 +18,17 @@ class Together:
 
         Together([MixingBuffer(ActivationStream(..., rank=r, world=2), rows=..., batch=2048) for r in range(2)])
 
+    Contexts are padded to the longest.
     It ends when all sources have ended; before that, a source that has ended is left out.
 
     Args:
-        sources: sources of rows with the same reads.
+        sources: sources of rows, or of contexts, with the same reads.
 
     Raises:
         SettingsError: there are none, or their reads differ.
     """
 
-    def __init__(self, sources: Sequence[Source[Rows]]) -> None:
+    def __init__(self, sources: Sequence[Source[Rows]] | Sequence[Source[Contexts]]) -> None:
         self.sources = list(sources)
         if not self.sources or any(dict(s.d_in) != dict(self.sources[0].d_in) for s in self.sources):
             raise SettingsError(
@@ -48,11 +49,13 @@ class Together:
         """Itself."""
         return self
 
-    def __next__(self) -> Rows:
-        """One batch of every source."""
-        found = [rows for rows in (next(s, None) for s in self.sources) if rows is not None]
+    def __next__(self) -> Any:
+        """One batch of every source: rows, or contexts."""
+        found: list[Any] = [item for item in (next(s, None) for s in self.sources) if item is not None]
         if not found:
             raise StopIteration
+        if isinstance(found[0], Contexts):
+            return Contexts.joined(found)
         values = {k: torch.cat([r.values[k] for r in found]) for k in found[0].values}
         return Rows(values, torch.cat([r.context for r in found]), torch.cat([r.position for r in found]))
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from interp.dictionaries.activations import Contexts
 from interp.dictionaries.base import Dictionary
+from interp.dictionaries.placing import encode_at
 from interp.errors import SettingsError
 
 _CELLS = 2**25  # latents held at a time
@@ -45,6 +47,29 @@ def pieces(
         where = slice(start, min(start + count, len(x)))
         rows = x[where].to(weight)
         yield where, dictionary.encode(rows), rows
+
+
+def reconstructions(
+    dictionary: Dictionary, contexts: Contexts, source: str, where: Bool[Tensor, "batch pos"]
+) -> Iterator[tuple[slice, Float[Tensor, "token d_sae"], Float[Tensor, "token d_out"]]]:
+    """Some tokens of contexts at a time: which, their latents, and the reconstructions.
+
+    Args:
+        dictionary: as from `interp.dictionaries.placing.placed`.
+        contexts: whole contexts.
+        source: the read that the dictionary is given.
+        where: the tokens; they are counted context by context.
+    """
+    if not dictionary.sequences:
+        for part, latents, x in pieces(dictionary, contexts[source][where].to(dictionary.W_dec.device)):
+            yield part, latents, dictionary.decode(latents, x)
+        return
+    done, count = 0, max(1, _CELLS // (where.shape[1] * dictionary.cfg.d_sae))
+    for start in range(0, len(where), count):
+        some = slice(start, start + count)
+        latents = encode_at(dictionary, contexts[source][some], where[some], contexts.real[some])
+        yield slice(done, done + len(latents)), latents, dictionary.decode(latents)
+        done += len(latents)
 
 
 def site_of(dictionary: Dictionary, read: str | None, target: str | None) -> tuple[str, str]:

@@ -28,7 +28,7 @@ Neither fidelity nor recovered loss says that latents mean something: see `spars
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,19 +38,24 @@ from interp.data import Corpus
 from interp.data import corpus as corpus_of
 from interp.dictionaries.activations import ActivationStream, Contexts
 from interp.dictionaries.base import Dictionary
-from interp.dictionaries.evaluation.applied import in_use, pieces, site_of
+from interp.dictionaries.evaluation.applied import in_use, reconstructions, site_of
 from interp.dictionaries.evaluation.scores import SUMS, DictionaryScores
 from interp.dictionaries.evaluation.spliced import Runs, Spliced, divergence, log_probabilities, replaced
 from interp.dictionaries.fidelity import Fidelity
+from interp.dictionaries.placing import placed
 from interp.errors import InputError, SettingsError, unknown
 from interp.lens import Lens
 from interp.reads import Read
+
+if TYPE_CHECKING:
+    from interp.dictionaries.lorsa.lorsa import Lorsa
+    from interp.dictionaries.lorsa.placed import PlacedLorsa
 
 ABLATIONS = ("zero", "mean")
 
 
 def evaluate(
-    dictionary: Dictionary,
+    dictionary: Dictionary | Lorsa | PlacedLorsa,
     lens: Lens,
     corpus: Corpus | Sequence[str],
     *,
@@ -73,7 +78,7 @@ def evaluate(
     """Fidelity of a dictionary, and the model's loss and KL with it in place of its site.
 
     Args:
-        dictionary: an SAE or a transcoder.
+        dictionary: an SAE, a transcoder or a Lorsa, which stands for the attention of its layer.
         lens: the model that it is for.
         corpus: text that it was not trained on, or pictures with prompts.
         read: what it reads, such as `resid_post.10`; None for what its metadata says.
@@ -108,21 +113,22 @@ def evaluate(
     check_options(0.95, resamples, seed)
     if contexts < 1 or batch < 1:
         raise SettingsError(f"contexts and batch are at least 1, found {contexts} and {batch}.")
-    source, aim = site_of(dictionary, read, target)
+    text = corpus_of(corpus)
+    at = placed(dictionary, lens, text, read=read, target=target)
+    source, aim = site_of(at, read, target)
     source, aim = str(Read.of(source)), str(Read.of(aim))
     _check_order(source, aim)
     spliced = Spliced(lens, Read.of(aim))
     options: dict[str, Any] = {"context": context, "packed": packed, "special": special, "separator": separator}
     options |= {"tokens": tokens, "drop_first": drop_first}
-    text = corpus_of(corpus)
-    with _bar(contexts * (1 + ("mean" in ablation)), progress) as advance, in_use(dictionary):
+    with _bar(contexts * (1 + ("mean" in ablation)), progress) as advance, in_use(at):
         reads = list(dict.fromkeys([source, aim, *(spliced.needs if ablation else ())]))
         main = ActivationStream(lens, text, reads, batch=batch, **options)
-        _check_width(dictionary, main.d_in, source, aim)
-        held = _Collected(dictionary, source, aim)
+        _check_width(at, main.d_in, source, aim)
+        held = _Collected(at, source, aim)
         fill: dict[str, Tensor] = {}
         if "zero" in ablation:
-            fill["zero"] = torch.zeros(dictionary.cfg.width_out, dtype=torch.float64)
+            fill["zero"] = torch.zeros(at.cfg.width_out, dtype=torch.float64)
         if "mean" in ablation:
             start = main.state()
             fill["mean"] = _mean(main, aim, contexts, advance)
@@ -137,7 +143,7 @@ def evaluate(
                 spliced.check_causal(main.inputs)
             where = found.real if everywhere else found.mask
             if everywhere:
-                y = _reconstructed(dictionary, found, source, where)
+                y = _reconstructed(at, found, source, where)
             runs = spliced.runs(main.inputs, found)
             chosen = _counted(main, where, spliced.target.tower in (None, lens.anatomy.main))
             original = runs.logits()
@@ -147,7 +153,7 @@ def evaluate(
             ids = main.inputs.inputs["input_ids"]
             held.add_losses(_losses(runs, found[aim], where, values, ids, original, chosen))
     settings = {"method": "evaluate", "model": lens.name, "read": source, "target": None if aim == source else aim}
-    settings |= {"dictionary": dictionary.cfg.to_dict(), "corpus": text.identity, "contexts": contexts, "batch": batch}
+    settings |= {"dictionary": at.cfg.to_dict(), "corpus": text.identity, "contexts": contexts, "batch": batch}
     settings |= {"ablation": list(ablation), "everywhere": everywhere, **options, "seed": seed, "resamples": resamples}
     return held.scores(error_term, settings)
 
@@ -166,11 +172,11 @@ class _Collected:
         """The reconstructions of the tokens to use [token, d_out], after their fidelity was noted."""
         cfg, device = self.dictionary.cfg, self.dictionary.W_dec.device
         row = contexts.mask.nonzero()[:, 0].to(device)
-        x, aim = (contexts[name][contexts.mask].to(device) for name in (self.source, self.aim))
+        aim = contexts[self.aim][contexts.mask].to(device)
         own = [Fidelity(cfg.width_out, cfg.d_sae, device=device) for _ in range(len(contexts.mask))]
-        made = torch.empty(len(x), cfg.width_out, dtype=self.dictionary.W_dec.dtype, device=device)
-        for where, latents, inputs in pieces(self.dictionary, x):
-            made[where] = self.dictionary.decode(latents, inputs)
+        made = torch.empty(len(aim), cfg.width_out, dtype=self.dictionary.W_dec.dtype, device=device)
+        for where, latents, y in reconstructions(self.dictionary, contexts, self.source, contexts.mask):
+            made[where] = y
             self.whole.update(aim[where], made[where], latents)
             for i in row[where].unique().tolist():
                 mine = row[where] == i
@@ -253,8 +259,7 @@ def _counted(stream: ActivationStream, where: Tensor, main: bool) -> Tensor:
 
 
 def _reconstructed(dictionary: Dictionary, contexts: Contexts, source: str, where: Tensor) -> Tensor:
-    x = contexts[source][where].to(dictionary.W_dec.device)
-    return torch.cat([dictionary.decode(latents, inputs) for _, latents, inputs in pieces(dictionary, x)])
+    return torch.cat([y for _, _, y in reconstructions(dictionary, contexts, source, where)])
 
 
 def _mean(stream: ActivationStream, aim: str, contexts: int, advance: Any) -> Tensor:

@@ -16,7 +16,8 @@ from typing import Any
 
 from interp.errors import FileError, InputError, SettingsError, UnsupportedError
 from interp.inputs import tokenizer_of
-from interp.lens import Lens, load
+from interp.lens import Lens
+from interp.wrapping import load
 
 Message = dict[str, str]
 Chat = Callable[[Sequence[Message]], str]

@@ -33,7 +33,7 @@ from interp.dictionaries.features.common import (
     reading,
 )
 from interp.edits import Edit, Where
-from interp.errors import EditError, SettingsError
+from interp.errors import EditError, SettingsError, UnsupportedError
 from interp.reads import Positions, Read
 
 Strength = float | Sequence[float] | Float[Tensor, " latents"] | Float[Tensor, "batch latents"]
@@ -71,12 +71,14 @@ def feature_edits(
         UnknownNameError: there is no such latent or site.
         EditError: a strength is not finite, or not one for each latent. In a run, when the site is not as wide as the
             dictionary, or a transcoder's target comes before its input.
-        UnsupportedError: the site cannot be edited.
+        UnsupportedError: the site cannot be edited, or the latents are those of whole sequences (a Lorsa).
     """
     given = {name: v for name, v in (("value", value), ("scale", scale), ("add", add)) if v is not None}
     if len(given) != 1:
         raise SettingsError(f"give one of value, scale and add; found {', '.join(given) or 'none'}.")
     ((how, strength),) = given.items()
+    if dictionary.sequences:
+        raise UnsupportedError("heads of a Lorsa are changed by lorsa.replace_attention(..., change=..., error=True).")
     check_weights(dictionary)
     asked = chosen(dictionary, latents)
     amount = _checked(strength, len(asked))

@@ -28,6 +28,7 @@ from interp.batch import Batch
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.features.common import Latents, chosen, latent_rows, output_read
 from interp.dictionaries.features.neighbours import row_of
+from interp.dictionaries.placing import placed
 from interp.errors import SettingsError, UnsupportedError
 from interp.inputs import tokenizer_of
 from interp.lens import Lens
@@ -35,6 +36,9 @@ from interp.reads import Read
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from interp.dictionaries.lorsa.lorsa import Lorsa
+    from interp.dictionaries.lorsa.placed import PlacedLorsa
 
 CAVEAT = (
     "Direct effects of decoder rows on the logits, through the final norm alone: layers in between are left out, and "
@@ -97,7 +101,7 @@ class LogitEffects:
 
 
 def logit_effects(
-    dictionary: Dictionary,
+    dictionary: Dictionary | Lorsa | PlacedLorsa,
     lens: Lens,
     latents: Latents | None = None,
     k: int = 10,
@@ -109,7 +113,8 @@ def logit_effects(
     """Tokens whose logits the decoder's rows raise and lower most, directly.
 
     Args:
-        dictionary: an SAE or transcoder of a site of the main tower's residual stream, or of what is added to it.
+        dictionary: an SAE or transcoder of a site of the main tower's residual stream, or of what is added to it; or a
+            Lorsa of that tower.
         lens: the model.
         latents: which; None for all.
         k: how many tokens on each side.
@@ -128,14 +133,15 @@ def logit_effects(
     """
     if k < 1:
         raise SettingsError(f"k is at least 1, found {k}.")
-    asked, site = chosen(dictionary, latents), output_read(dictionary, read, target)
-    behind = _layers_behind(dictionary, lens, site)
+    at = placed(dictionary, lens, read=read, target=target)
+    asked, site = chosen(at, latents), output_read(at, read, target)
+    behind = _layers_behind(at, lens, site)
     head = lens.anatomy.unembed
     if head is None:
         raise UnsupportedError(f"{lens.name}: its head is not a final norm and one projection, so nothing is direct.")
     with torch.no_grad():
         device = next(lens.model.parameters()).device
-        rows, factor = latent_rows(dictionary, asked).to(device), 1.0
+        rows, factor = latent_rows(at, asked).to(device), 1.0
         for norm, scale in zip(head.fitted, _scales(lens, batch), strict=True):
             if norm is None:
                 raise UnsupportedError(f"{lens.name}: its final norm is neither LayerNorm nor RMSNorm.")

@@ -9,7 +9,7 @@ way round: a split feature has near rows and disjoint contexts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,9 @@ from interp.errors import SettingsError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from interp.dictionaries.lorsa.lorsa import Lorsa
+    from interp.dictionaries.lorsa.placed import PlacedLorsa
 
 Side = Literal["decoder", "encoder"]
 
@@ -65,12 +68,12 @@ class Neighbours:
 
 
 def neighbours(
-    dictionary: Dictionary, latents: Latents | None = None, k: int = 10, *, by: Side = "decoder"
+    dictionary: Dictionary | Lorsa | PlacedLorsa, latents: Latents | None = None, k: int = 10, *, by: Side = "decoder"
 ) -> Neighbours:
     """The latents whose weights point most nearly the same way.
 
     Args:
-        dictionary: an SAE or transcoder.
+        dictionary: an SAE, a transcoder, or a Lorsa (a `PlacedLorsa` with what lies behind the projection).
         latents: whose; None for all.
         k: how many for each; at most d_sae - 1 are given.
         by: rows of the `decoder`, or columns of the `encoder`.
@@ -87,9 +90,10 @@ def neighbours(
     size = dictionary.cfg.d_sae
     if k < 1 or size < 2:
         raise SettingsError(f"k is at least 1 and a neighbour needs a second latent; found k={k}, d_sae={size}.")
-    asked = chosen(dictionary, latents)
+    made: Any = dictionary
+    asked = chosen(made, latents)
     with torch.no_grad():
-        weights = dictionary.kind.decoder(dictionary) if by == "decoder" else dictionary.W_enc.t()
+        weights = made.W_enc.t() if by == "encoder" else made.W_dec if made.sequences else made.kind.decoder(made)
         unit = normalize(weights.to(torch.promote_types(weights.dtype, torch.float32)), dim=1)
         found, cosines = [], []
         for part in asked.to(unit.device).split(max(1, held(unit.device) // size)):

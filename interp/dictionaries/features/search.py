@@ -17,6 +17,7 @@ not used (special ones, the first of each context by default), whose activations
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,15 +30,20 @@ from interp.dictionaries.features.common import Latents, check_weights, chosen, 
 from interp.dictionaries.features.contexts import GROUPS, FeatureContexts, Places
 from interp.dictionaries.features.running import Running
 from interp.dictionaries.features.texts import Text, write_texts
+from interp.dictionaries.placing import encode_at, placed
 from interp.errors import InputError, SettingsError
 from interp.lens import Lens
 from interp.reads import Read
+
+if TYPE_CHECKING:
+    from interp.dictionaries.lorsa.lorsa import Lorsa
+    from interp.dictionaries.lorsa.placed import PlacedLorsa
 
 _HELD = 2**25  # activations of latents that are held at a time, but for a context at least
 
 
 def top_contexts(
-    dictionary: Dictionary,
+    dictionary: Dictionary | Lorsa | PlacedLorsa,
     lens: Lens,
     corpus: Corpus,
     *,
@@ -60,7 +66,8 @@ def top_contexts(
     """The contexts that activate latents most, some that activate them at all, and some that do not.
 
     Args:
-        dictionary: an SAE or transcoder.
+        dictionary: an SAE, a transcoder, or a Lorsa (`interp.dictionaries.lorsa.head_contexts` finds what fed heads,
+            too).
         lens: the model.
         corpus: texts, or pictures with prompts.
         read: the site that the dictionary reads, where its metadata do not say it.
@@ -88,13 +95,38 @@ def top_contexts(
         UnknownNameError: a site or latent does not exist.
         InputError: the site is not as wide as the dictionary's input, or the corpus holds no usable token.
     """
+    options: dict[str, Any] = {"context": context, "packed": packed, "special": special, "separator": separator}
+    options |= {"tokens": tokens, "drop_first": drop_first}
+    counts = {"k": k, "sampled": sampled, "silent": silent, "window": window}
+    at = placed(dictionary, lens, corpus, read=read)
+    return searched(at, lens, corpus, read, latents, contexts=contexts, batch=batch, seed=seed, **counts, **options)[0]
+
+
+def searched(
+    dictionary: Dictionary,
+    lens: Lens,
+    corpus: Corpus,
+    read: str | Read | None,
+    latents: Latents | None,
+    *,
+    k: int,
+    sampled: int,
+    silent: int,
+    window: int,
+    contexts: int | None,
+    batch: int,
+    seed: int,
+    **options: Any,
+) -> tuple[FeatureContexts, list[Text], ActivationStream]:
+    """What `top_contexts` returns, the contexts that its windows lie in as the model is given them, and their stream.
+
+    The dictionary is one as from `interp.dictionaries.placing.placed`; options are those of the stream.
+    """
     counts = {"k": k, "sampled": sampled, "silent": silent, "window": window}
     if k < 1 or min(sampled, silent, window) < 0 or (contexts is not None and contexts < 1):
         raise SettingsError(f"k is at least 1, sampled, silent and window at least 0; found {counts}, {contexts=}.")
     check_weights(dictionary)
     asked, site = chosen(dictionary, latents), input_read(dictionary, read)
-    options = {"context": context, "packed": packed, "special": special, "separator": separator}
-    options |= {"tokens": tokens, "drop_first": drop_first}
     stream = ActivationStream(lens, corpus, site, batch=batch, **options)
     (name,) = stream.reads
     if stream.d_in[name] != dictionary.cfg.d_in:
@@ -116,10 +148,11 @@ def top_contexts(
     active, total = search.active.cpu(), search.total.cpu()
     groups = search.groups()
     used = sorted({int(n) for g in groups for n in g.context.unique()} - {-1})
-    written = write_texts(lens, corpus, stream, site, [search.texts[n] for n in used], pictures=pictures)
+    texts = [search.texts[n] for n in used]
+    written = write_texts(lens, corpus, stream, site, texts, pictures=pictures)
     place = torch.full((search.seen + 1,), -1)
     place[torch.tensor(used, dtype=torch.long)] = torch.arange(len(used))  # the last one is for no context
-    return FeatureContexts(
+    result = FeatureContexts(
         latents=asked,
         tokens=search.tokens,
         active=active,
@@ -129,6 +162,7 @@ def top_contexts(
         **written,
         settings=settings,
     )
+    return result, texts, stream
 
 
 def _first(found: Contexts, count: int) -> Contexts:
@@ -144,7 +178,7 @@ class _Search:
         self, dictionary: Dictionary, latents: Tensor, k: int, sampled: int, silent: int, window: int | None, seed: int
     ) -> None:
         self.dictionary, self.latents, self.window, self.seed = dictionary, latents, window, seed
-        self.device = dictionary.W_enc.device
+        self.device = dictionary.W_dec.device
         self.columns = None if len(latents) == dictionary.cfg.d_sae else latents.to(self.device)
         self.sampled = sampled
         size = len(latents)
@@ -179,7 +213,7 @@ class _Search:
         count, width = mask.shape
         rows = torch.arange(self.seen, self.seen + count, device=self.device)
         self.seen += count
-        encoded = self.dictionary.encode(values.to(self.device)[mask].float())
+        encoded = encode_at(self.dictionary, values.to(self.device), mask, real)
         found = (encoded if self.columns is None else encoded[:, self.columns]).float()
         self.tokens += len(found)
         context, column = mask.nonzero(as_tuple=True)

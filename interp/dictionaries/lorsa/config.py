@@ -51,7 +51,8 @@ class LorsaConfig:
         dtype: of the weights: float32, float64, float16 or bfloat16.
         seed: of the first weights.
         normalize_activations: `expected_average_only_in`: input and target are multiplied by one number each in
-            training (see `fold_scales`); or `none`.
+            training (see `fold_scales`), and the first weights, which are for activations as they are, accordingly; or
+            `none`.
         aux_loss_coefficient: weight of the loss by which dead heads reconstruct the residual (top-k kinds).
         topk_threshold_lr: weight of the newest batch in the running threshold of `batchtopk`.
         l1_coefficient: weight of the penalty of `relu`, the mean over tokens of the summed contributions.

@@ -106,17 +106,23 @@ def fold_scales(lorsa: Lorsa, scale: float, target_scale: float) -> Lorsa:
     if not all(math.isfinite(s) and s > 0 for s in (scale, target_scale)):
         raise SettingsError(f"scales are finite numbers above 0, not {scale} and {target_scale}.")
     folded = copy.deepcopy(lorsa)
-    for parameter in (folded.W_Q, folded.W_K, folded.W_V):
+    rescale(folded, scale, target_scale)
+    folded.cfg = lorsa.cfg.changed(normalize_activations="none")
+    return folded
+
+
+@torch.no_grad()
+def rescale(lorsa: Lorsa, scale: float, target_scale: float) -> None:
+    """Change weights in place: for x times `scale` and y times `target_scale` before, for x and y after it."""
+    for parameter in (lorsa.W_Q, lorsa.W_K, lorsa.W_V):
         parameter.mul_(scale)
-    for parameter in (folded.W_O, folded.b_D):
+    for parameter in (lorsa.W_O, lorsa.b_D):
         parameter.div_(target_scale)
     # Thresholds are in units of contributions.
     if lorsa.cfg.architecture == "jumprelu":
-        folded.threshold.div_(target_scale)
+        lorsa.threshold.div_(target_scale)
     if lorsa.cfg.architecture == "batchtopk":
-        folded.topk_threshold.div_(target_scale)
-    folded.cfg = lorsa.cfg.changed(normalize_activations="none")
-    return folded
+        lorsa.topk_threshold.div_(target_scale)
 
 
 @torch.no_grad()

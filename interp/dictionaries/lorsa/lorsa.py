@@ -62,6 +62,7 @@ class Lorsa(nn.Module):
     """
 
     transcodes = True
+    sequences = True
     threshold: nn.Parameter
     topk_threshold: Tensor
     q_gain: nn.Parameter
@@ -123,6 +124,11 @@ class Lorsa(nn.Module):
     def W_dec(self) -> nn.Parameter:
         """The output directions."""
         return self.W_O
+
+    @property
+    def W_enc(self) -> Tensor:
+        """The value vectors [d_in, n_ov]."""
+        return self.W_V.t()
 
     @property
     def b_dec(self) -> nn.Parameter:
@@ -291,7 +297,7 @@ class Lorsa(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             parts, latents, y = losses(self, flat, aim, dead=dead, sparsity=sparsity, reduce=reduce)
         total = torch.stack([part.to(parts["mse_loss"].dtype) for part in parts.values()]).sum()
-        return Loss(total, parts, latents, y)
+        return Loss(total, parts, latents, y, aim)
 
     def before_step(self) -> None:
         """Call between backward and the optimiser: nothing is constrained."""

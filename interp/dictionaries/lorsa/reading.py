@@ -1,11 +1,9 @@
-"""Reading the heads of a Lorsa: where a head that fired looked, what it does on repeated text, whose work it does.
+"""Reading the heads of a Lorsa: which fired, where these looked, and the model with the Lorsa in the layer's place.
 
     z-pattern     zp_i[t, s] = A^g(i)[t, s] v_i[s]; over s it sums to pre_i[t]. It is made for (t, i) that fired only.
-    behaviour     of head i: mean, over the queries where it fired and that can show the behaviour, of the share of
-                  |zp_i[t]| on the keys that `heads.patterns` names (induction, previous, duplicate, first, local)
-    share         of layer head h in Lorsa head i: sum over t of z_i[t] <w_o,i, out_h[t]>, over its sum over all heads
 
-Since a QK head is shared, A alone does not tell where one of its OV heads takes its activation from; zp does.
+Since a QK head is shared, A alone does not tell where one of its OV heads takes its activation from; zp does. Contexts
+in which heads fire are in `contexts`, what heads do on repeated text in `behaviours`, whose work they do in `relation`.
 """
 
 from __future__ import annotations
@@ -17,15 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.batch import Batch
 from interp.dictionaries.lorsa.attend import positions_of, scores_of
 from interp.dictionaries.lorsa.lorsa import Lorsa
 from interp.dictionaries.lorsa.rule import AttentionRule
 from interp.dictionaries.lorsa.select import select, written
 from interp.dictionaries.sparse import Sparse
 from interp.edits import Edit, Where
-from interp.errors import EditError, InputError, SettingsError, UnsupportedError
-from interp.heads.patterns import pattern_targets
+from interp.errors import EditError, UnsupportedError
 from interp.reads import Read
 
 _HELD = 2**22  # elements of z-patterns that are held at a time
@@ -101,11 +97,11 @@ def z_patterns(
         real: which positions are no padding; None for all.
         segments: see `Lorsa.pre_activations`.
     """
-    parts = [part for _, part in _z_parts(lorsa, x, where, real, segments)]
+    parts = [part for _, part in z_parts(lorsa, x, where, real, segments)]
     return torch.cat(parts) if parts else x.new_zeros(0, x.shape[1])
 
 
-def _z_parts(
+def z_parts(
     lorsa: Lorsa, x: Tensor, where: Fired, real: Tensor | None, segments: Tensor | None
 ) -> Iterator[tuple[Fired, Tensor]]:
     """A few rows at a time, each pattern row made once for all heads that share it."""
@@ -121,71 +117,6 @@ def _z_parts(
         scores = scores_of(q[b, t, g][:, None], k[b, :, g], lorsa.scale, lorsa.cfg.softcap)[:, 0]
         pattern = torch.softmax(scores.masked_fill(~seen[b, t], -torch.inf), -1)
         yield part, pattern[back] * v[part.sample, :, part.head]
-
-
-@torch.no_grad()
-def behaviours(
-    lorsa: Lorsa, x: Float[Tensor, "batch pos d_in"], batch: Batch, *, window: int = 4
-) -> dict[str, Float[Tensor, " n_ov"]]:
-    """How much each OV head behaves like an induction, previous-token, duplicate-token, sink or local head.
-
-    Args:
-        lorsa: a causal Lorsa.
-        x: what the attention reads on the batch.
-        batch: the prompts, for `induction` and `duplicate` with repeated tokens.
-        window: width of `local`.
-
-    Returns:
-        By kind (`induction previous duplicate first local`), a score between 0 and 1 for each head; NaN where it never
-        fired at a position that can show the behaviour.
-    """
-    if window < 1:
-        raise SettingsError(f"window must be at least 1, got {window}.")
-    if "input_ids" not in batch.inputs or batch.mask.shape != x.shape[:2]:
-        raise InputError("behaviours are read on the tokens that x comes from: give their batch.")
-    targets = {kind: (k.to(x.device), q.to(x.device)) for kind, (k, q) in pattern_targets(batch, window).items()}
-    real = batch.mask.to(x.device)
-    sums = {kind: torch.zeros(2, lorsa.cfg.n_ov, device=x.device) for kind in targets}
-    for part, zp in _z_parts(lorsa, x, fired(lorsa, x, real=real), real, None):
-        size = zp.abs()
-        size = size / size.sum(1, keepdim=True).clamp_min(1e-30)
-        for kind, (keys, queries) in targets.items():
-            able = queries[part.sample, part.query].to(size)
-            mass = (size * keys[part.sample, part.query]).sum(1)
-            sums[kind][0].index_add_(0, part.head, mass * able)
-            sums[kind][1].index_add_(0, part.head, able)
-    return {kind: s[0] / s[1] for kind, s in sums.items()}
-
-
-@torch.no_grad()
-def head_shares(
-    lorsa: Lorsa,
-    rule: AttentionRule,
-    x: Float[Tensor, "batch pos d_in"],
-    z: Float[Tensor, "batch pos head_value"],
-    *,
-    real: Bool[Tensor, "batch pos"] | None = None,
-) -> Float[Tensor, "n_ov head"]:
-    """Which of the layer's heads each Lorsa head does the work of.
-
-    Args:
-        lorsa: the Lorsa.
-        rule: of the layer.
-        x: what the attention reads.
-        z: the layer's site `z` on the same text, heads side by side.
-        real: which positions are no padding; None for all.
-
-    Returns:
-        Shares that sum to one for each head; NaN where it never fired or the layer writes nothing along its direction.
-        A share is negative where the head writes against the latent.
-    """
-    latents = lorsa.encode(x, real=real)
-    heads, d_value, _ = rule.W_O.shape
-    used = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
-    f, outs = latents[used], z[used].unflatten(-1, (heads, d_value)).to(latents)
-    moments = torch.einsum("ti,thv->hiv", f, outs)
-    along = torch.einsum("hiv,hvd,id->ih", moments, rule.W_O.to(latents), lorsa.W_O)
-    return along / along.sum(1, keepdim=True)
 
 
 def replace_attention(

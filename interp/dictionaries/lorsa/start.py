@@ -6,7 +6,8 @@
     subspace     besides, the OV heads of head h lie where it is active: with U the first d_value principal directions
                  of its lifted values v W_V^T (`values`) or of its outputs z W_O (`outputs`) on a batch, about the mean,
                      values     w_v = r U^T,  w_o = w_v W_V W_O           outputs    w_o = r U^T,  w_v = w_o (W_V W_O)^T
-                 for random r; all of length one
+                 for random r; all w_o of length one, all w_v of the length that, with b_D, makes the error on the batch
+                 least (by least squares; the reference tries a grid of lengths)
 
 The reference leaves out the biases, assumes heads d_value = d_model, and leaves the last n_ov mod heads rows random;
 here QK heads are shared out evenly among the layer's heads, and OV heads among QK heads, so that none is left over.
@@ -21,9 +22,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.batch import Batch
-from interp.dictionaries.lorsa.attend import pattern_of, positions_of
+from interp.dictionaries.lorsa.attend import attend, pattern_of, positions_of
 from interp.dictionaries.lorsa.lorsa import Lorsa
 from interp.dictionaries.lorsa.rule import AttentionRule, attention_rule, random_tokens
+from interp.dictionaries.lorsa.select import select, written
 from interp.errors import InputError, SettingsError, UnsupportedError, unknown
 from interp.lens import Lens
 from interp.reads import Read
@@ -176,7 +178,8 @@ def from_heads(
         n_ov: OV heads, a multiple of n_qk.
         x: what the attention reads, on some text; needed with `subspace`.
         real: which of its positions are no padding; None for all.
-        subspace: draw OV heads from the subspace where each head's values or outputs vary; None for random ones.
+        subspace: draw OV heads from the subspace where each head's values or outputs vary, and choose their common
+            length and the bias by least squares; None for random ones of length one.
         settings: further settings of `LorsaConfig` (architecture, k, seed, ...).
 
     Raises:
@@ -199,13 +202,16 @@ def from_heads(
     _copy_qk(lorsa, rule)
     lorsa.b_D.copy_(rule.b_O)
     if subspace is not None and x is not None:
+        x = x.to(lorsa.W_V)
+        v, z = _values(lorsa, rule, x, real)
         own = n_ov // heads
         random = torch.Generator().manual_seed(lorsa.cfg.seed + 1)
+        used = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
         for head in range(heads):
             rows = slice(head * own, (head + 1) * own)
             w_v, w_o = rule.W_V[head].to(lorsa.W_V), rule.W_O[head].to(lorsa.W_V)
-            rows_of = _head(lorsa, x, rule, head, real, subspace == "outputs")
-            directions = _principal(rows_of @ (w_v.T if subspace == "values" else w_o), d_value)
+            lifted = v[:, :, head][used] @ w_v.T if subspace == "values" else z[:, :, head][used] @ w_o
+            directions = _principal(lifted, d_value)
             drawn = torch.randn(own, directions.shape[1], generator=random).to(directions) @ directions.T
             if subspace == "values":
                 lorsa.W_V[rows] = drawn
@@ -215,21 +221,42 @@ def from_heads(
                 lorsa.W_V[rows] = drawn @ (w_v @ w_o).T
     for parameter in (lorsa.W_V, lorsa.W_O):
         parameter.div_(parameter.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    if subspace is not None and x is not None:
+        _fit(lorsa, x, rule.target(z.flatten(2)), real)
     return lorsa
 
 
-def _head(lorsa: Lorsa, x: Tensor, rule: AttentionRule, head: int, real: Tensor | None, mixed: bool) -> Tensor:
-    """The values of one head at real positions; `mixed` as its pattern averages them (the head's z)."""
+def _values(
+    lorsa: Lorsa, rule: AttentionRule, x: Tensor, real: Tensor | None
+) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch pos head d_value"]]:
+    """The values of the layer's heads, and what their patterns make of them (`z`)."""
     times = lorsa.cfg.n_qk // len(rule.W_Q)
-    x = x.to(lorsa.W_V)
-    v = x @ rule.W_V[head].to(x) + rule.b_V[head].to(x)
-    if not mixed:
-        return v.flatten(0, 1) if real is None else v[real]
-    q, k = lorsa.queries_keys(x, positions_of(real, None, x.shape[:2]))
-    q, k = (t[:, :, head * times : head * times + 1].transpose(1, 2) for t in (q, k))
-    seen = lorsa.seen(x, real)
-    z = pattern_of(q, k, seen, lorsa.scale, lorsa.cfg.softcap)[:, 0].to(v.dtype) @ v
-    return z.flatten(0, 1) if real is None else z[real]
+    v = torch.einsum("bsd,hde->bshe", x, rule.W_V.to(x)) + rule.b_V.to(x)
+    q, k = (t[:, :, ::times] for t in lorsa.queries_keys(x, positions_of(real, None, x.shape[:2])))
+    options: dict[str, Any] = {"causal": lorsa.cfg.causal, "scale": lorsa.scale, "softcap": lorsa.cfg.softcap}
+    return v, attend(q, k, v, lorsa.seen(x, real), **options)
+
+
+def _fit(lorsa: Lorsa, x: Tensor, y: Tensor, real: Tensor | None) -> None:
+    """Give the values the length, and the decoder the bias, with which the error on a sample is least."""
+    sums: dict[str, Any] = dict.fromkeys(("n", "r", "y", "ry", "rr"), 0)
+    for i in range(len(x)):
+        row = slice(i, i + 1)
+        mine = None if real is None else real[row]
+        used = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device) if mine is None else mine
+        r = (written(lorsa, select(lorsa, lorsa.pre_activations(x[row], real=mine)[used])) - lorsa.b_D).double()
+        aim = y[row][used].double()
+        found = {"n": len(r), "r": r.sum(0), "y": aim.sum(0), "ry": (r * aim).sum(), "rr": r.square().sum()}
+        sums = {name: sums[name] + value for name, value in found.items()}
+    mean_r, mean_y = sums["r"] / sums["n"], sums["y"] / sums["n"]
+    spread = sums["rr"] - sums["n"] * mean_r.square().sum()
+    factor = (sums["ry"] - sums["n"] * (mean_r @ mean_y)) / spread
+    if not (spread > 0 and factor > 0):
+        return
+    # In the values, not in the directions: training is faster so (FVU 0.30, not 0.44, after 60 steps on SmolLM2).
+    lorsa.W_V.mul_(factor.to(lorsa.W_V))
+    lorsa.b_V.mul_(factor.to(lorsa.b_V))
+    lorsa.b_D.copy_(mean_y - factor * mean_r)
 
 
 def _principal(rows: Float[Tensor, "token d"], count: int) -> Float[Tensor, "d count"]:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.dictionaries.activations import Rows, Statistics
+from interp.dictionaries.activations import Contexts, Rows, Statistics
 from interp.dictionaries.base import Dictionary, Loss
 from interp.dictionaries.fidelity import Fidelity
+from interp.dictionaries.lorsa.files import rescale
+from interp.dictionaries.lorsa.lorsa import Lorsa
 from interp.dictionaries.training.processes import Processes
 from interp.dictionaries.training.settings import TrainSettings
 from interp.errors import InputError, NonFiniteError
@@ -25,12 +27,12 @@ class Job:
     """A dictionary and what it is trained on.
 
     Attributes:
-        dictionary: trained in place.
+        dictionary: trained in place; a Lorsa on whole contexts, others on rows (of contexts, on their tokens to use).
         read: name of its activations in the source, such as `resid_post.10`.
         target: name of what it is to reconstruct; None for the activations themselves.
     """
 
-    dictionary: Dictionary
+    dictionary: Dictionary | Lorsa
     read: str
     target: str | None = None
 
@@ -49,7 +51,8 @@ class Job:
             if widths[read] != width:
                 raise InputError(f"{name}: {read} is {widths[read]} wide, but the dictionary has {what}={width}.")
         if self.dictionary.transcodes and self.target is None:
-            raise InputError(f"{name}: a transcoder needs a target, the read that it is to reconstruct.")
+            kind = type(self.dictionary).__name__
+            raise InputError(f"{name}: a {kind} needs a target, the read that it is to reconstruct.")
 
 
 class Learner:
@@ -80,6 +83,8 @@ class Learner:
         target = job.target or job.read
         if cfg.normalize_activations == "expected_average_only_in":
             self.scale, self.target_scale = found[job.read].scale, found[target].scale
+            if isinstance(self.dictionary, Lorsa):  # it may begin at the layer's heads, which read x as it is
+                rescale(self.dictionary, 1 / self.scale, 1 / self.target_scale)
         if self.settings.b_dec_init == "mean":
             with torch.no_grad():
                 bias = self.dictionary.b_dec
@@ -90,28 +95,33 @@ class Learner:
         """Which latents are dead [d_sae]."""
         return self.since >= self.settings.dead_feature_window
 
-    def step(self, rows: Rows, step: int, log: bool) -> dict[str, Any]:
+    def step(self, item: Rows | Contexts, step: int, log: bool) -> dict[str, Any]:
         """One batch; the row of the log where one is asked for.
 
         Raises:
+            InputError: a Lorsa got rows.
             NonFiniteError: the loss or the gradient is NaN or infinite; the dictionary is as it was before the step.
         """
         settings, dictionary = self.settings, self.dictionary
         weight = dictionary.W_dec
-        x = rows[self.job.read].to(weight) * self.scale
-        target = None if self.job.target is None else rows[self.job.target].to(weight) * self.target_scale
+        even = not isinstance(item, Contexts)  # all processes have as many tokens
+        item, masks = self._fitting(item, weight.device)
+        x = item[self.job.read].to(weight) * self.scale
+        target: Any = None if self.job.target is None else item[self.job.target].to(weight) * self.target_scale
         low = None if settings.autocast is None else getattr(torch, settings.autocast)
         with torch.autocast(weight.device.type, low, enabled=low is not None):
             loss = dictionary.loss(
                 x,
                 target,
+                **masks,
                 dead=self.dead,
                 sparsity=settings.sparsity_at(step),
                 reduce=self.processes.reduce if self.processes.world > 1 else None,
             )
         self._check(loss, step)
         self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss.total).backward()
+        share = None if even else self._share(loss)
+        self.scaler.scale(loss.total if share is None else loss.total * share).backward()
         self.scaler.unscale_(self.optimiser)
         gradients = [p.grad for p in dictionary.parameters() if p.grad is not None]
         self.processes.average(gradients)
@@ -129,7 +139,25 @@ class Learner:
         dictionary.after_step()
         counts = self.processes.reduce(loss.counts().to(self.since), "sum")
         self.since.add_(1).masked_fill_(counts > 0, 0)
-        return self._row(loss, x if target is None else target, step, lr) if log else {}
+        return self._row(loss, share, step, lr) if log else {}
+
+    def _fitting(self, item: Any, device: torch.device) -> tuple[Rows | Contexts, dict[str, Any]]:
+        """What the dictionary reads: rows, or contexts with their masks."""
+        if not isinstance(item, Contexts):
+            if self.dictionary.sequences:
+                raise InputError(f"{self.name}: a Lorsa reads whole contexts, and the source gives rows.")
+            return item, {}
+        if not self.dictionary.sequences:
+            return item.rows(), {}
+        return item, {"mask": item.mask.to(device), "real": item.real.to(device)}
+
+    def _share(self, loss: Loss) -> Tensor | None:
+        """Factor of this process's means, by the number of its tokens; None for one process."""
+        world = self.processes.world
+        if world == 1:
+            return None
+        own = torch.tensor(float(len(loss.target)), device=loss.total.device)
+        return own * world / self.processes.reduce(own.clone(), "sum")
 
     def _check(self, loss: Loss, step: int) -> None:
         total = float(loss.total.detach())
@@ -143,12 +171,12 @@ class Learner:
             )
 
     @torch.no_grad()
-    def _row(self, loss: Loss, target: Tensor, step: int, lr: float) -> dict[str, Any]:
+    def _row(self, loss: Loss, share: Tensor | None, step: int, lr: float) -> dict[str, Any]:
         cfg, processes = self.dictionary.cfg, self.processes
-        parts = torch.stack([loss.total.detach(), *(p.detach().to(loss.total) for p in loss.parts.values())])
-        means = (processes.reduce(parts.double(), "sum") / processes.world).tolist()
-        fidelity = Fidelity(cfg.width_out, cfg.d_sae, device=target.device)
-        fidelity.update(target, loss.reconstruction.detach(), loss.latents)
+        parts = torch.stack([loss.total.detach(), *(p.detach().to(loss.total) for p in loss.parts.values())]).double()
+        means = (processes.reduce(parts if share is None else parts * share, "sum") / processes.world).tolist()
+        fidelity = Fidelity(cfg.width_out, cfg.d_sae, device=loss.target.device)
+        fidelity.update(loss.target, loss.reconstruction.detach(), loss.latents)
         numbers = fidelity.result(processes.reduce if processes.world > 1 else None).numbers()
         row: dict[str, Any] = {"dictionary": self.name, "step": step + 1, "lr": lr}
         row |= dict(zip(("loss", *loss.parts), means, strict=True))

@@ -1,9 +1,10 @@
-"""Train dictionaries on a source of activations, all of them on the same batches.
+"""Train dictionaries on a source of activations, all of them on the same batches: SAEs, transcoders, Lorsas.
 
 After SAELens's recipe (Adam, sums over d_in, means over tokens, clipped gradients, a window for dead latents), with
 what it lacks: a run that was killed at any moment goes on from its last checkpoint, and ends with the same bits as one
 that was not (on one device, with the same number of threads); several processes have one threshold, one count of dead
-latents, one gradient.
+latents, one gradient. Whole contexts (for a Lorsa) differ in their number of tokens to use; each process's means count
+by its own.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interp.dictionaries.activations import Rows, Source, statistics
+from interp.dictionaries.activations import Contexts, Rows, Source, Statistics, statistics
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.files import save
 from interp.dictionaries.folding import fold_activation_scale
+from interp.dictionaries.lorsa import files as lorsa_files
+from interp.dictionaries.lorsa.lorsa import Lorsa
 from interp.dictionaries.training.checkpoint import Checkpoints
 from interp.dictionaries.training.learner import Job, Learner
 from interp.dictionaries.training.log import Log
@@ -44,15 +47,15 @@ class Trained:
         tokens: how many tokens that were, in this process.
     """
 
-    dictionaries: Mapping[str, Dictionary]
+    dictionaries: Mapping[str, Any]
     metrics: pd.DataFrame
     steps: int
     tokens: int
 
 
 def train(
-    dictionaries: Dictionary | Mapping[str, Dictionary | Job],
-    source: Source[Rows],
+    dictionaries: Dictionary | Lorsa | Mapping[str, Dictionary | Lorsa | Job],
+    source: Source[Rows] | Source[Contexts],
     settings: TrainSettings,
     *,
     read: str | None = None,
@@ -67,9 +70,11 @@ def train(
 
     Args:
         dictionaries: what is trained, in place; by name where there are several.
-        source: batches of activations, such as a `MixingBuffer`, or `ActivationStore.rows`.
+        source: batches of activations, such as a `MixingBuffer`, or `ActivationStore.rows`; for a Lorsa contexts, such
+            as `AttentionPairs`.
         settings: of the training.
-        read: which activations of the source; None where it has one (for dictionaries that are no `Job`).
+        read: which activations of the source; None where it has one, and for a Lorsa on the pair of one layer (for
+            dictionaries that are no `Job`).
         target: what is to be reconstructed; None for the activations themselves (for dictionaries that are no `Job`).
         folder: where checkpoints, the log and the trained dictionaries go; a run that is there is taken up, with the
             same settings, dictionaries and source. None keeps nothing.
@@ -82,7 +87,7 @@ def train(
         The trained dictionaries and the log.
 
     Raises:
-        InputError: no dictionary, a read that the source does not have, or one of another width.
+        InputError: no dictionary, a read that the source does not have, or one of another width; rows for a Lorsa.
         SettingsError: the folder holds a run with other settings, or several dictionaries have no names.
         NonFiniteError: a loss or gradient is NaN or infinite; the last checkpoint stays as it was.
         FileError: a checkpoint is damaged or cannot be written; those before it stay.
@@ -93,6 +98,9 @@ def train(
     about = {"training": settings.hashed(), "source": source.settings}
     for name, job in jobs.items():
         about[f"dictionary {name}"] = {**job.dictionary.cfg.to_dict(), "read": job.read, "target": job.target}
+        frozen = sorted(key for key, p in job.dictionary.named_parameters() if not p.requires_grad)
+        if frozen:
+            about[f"dictionary {name}"]["frozen"] = frozen
     kept = None if folder is None else Checkpoints(folder, about, processes, settings.keep)
     held = None if kept is None else kept.load(list(jobs))
     done, tokens, rows = 0, 0, []
@@ -118,10 +126,8 @@ def train(
     with _Bar(settings.steps, done, progress and processes.first) as bar:
         begin, since = time.perf_counter(), 0
         for step in range(done, settings.steps):
-            batch = next(source, None)
-            # Processes may have a batch more than others at the end: all stop where the first of them does.
-            here = torch.tensor(float(batch is not None and len(batch) > 0), device=learners[0].since.device)
-            if batch is None or not processes.reduce(here, "min"):
+            batch, used = _next(source, processes, learners[0].since.device)
+            if batch is None:
                 warnings.warn(
                     f"the source ended after {step} of {settings.steps} steps: lr and penalties were planned for all; "
                     "give fewer steps, more text, or more epochs.",
@@ -130,7 +136,7 @@ def train(
                 break
             logged = (step + 1) % settings.log_every == 0 or step + 1 == settings.steps
             found = [learner.step(batch, step, logged) for learner in learners]
-            tokens, since, done = tokens + len(batch), since + len(batch) * processes.world, step + 1
+            tokens, since, done = tokens + used, since + used * processes.world, step + 1
             if logged:
                 seconds = time.perf_counter() - begin
                 for row in found:
@@ -144,32 +150,41 @@ def train(
                 keep(done)
     keep(done)
     finished = {learner.name: _folded(learner) for learner in learners}
+    everywhere = int(processes.reduce(torch.tensor(tokens, device=learners[0].since.device), "sum"))
     if folder is not None and processes.first and done:
         for name, dictionary in finished.items():
             job = jobs[name]
-            own = {"read": job.read, "target": job.target, "steps": done, "tokens": tokens * processes.world}
-            save(dictionary, Path(folder) / name, metadata={**(metadata or {}), **own})
+            own = {"read": job.read, "target": job.target, "steps": done, "tokens": everywhere}
+            about = {**(metadata or {}), **own}
+            if isinstance(dictionary, Lorsa):
+                lorsa_files.save(dictionary, Path(folder) / name, metadata=about)
+            else:
+                save(dictionary, Path(folder) / name, metadata=about)
     processes.wait()
     return Trained(finished, log.frame(), done, tokens)
 
 
 def _jobs(
-    dictionaries: Dictionary | Mapping[str, Dictionary | Job],
+    dictionaries: Dictionary | Lorsa | Mapping[str, Dictionary | Lorsa | Job],
     widths: Mapping[str, int],
     read: str | None,
     target: str | None,
 ) -> dict[str, Job]:
-    named = {"dictionary": dictionaries} if isinstance(dictionaries, Dictionary) else dict(dictionaries)
+    one = isinstance(dictionaries, (Dictionary, Lorsa))
+    named: dict[str, Any] = {"dictionary": dictionaries} if one else dict(dictionaries)  # type: ignore[arg-type]
     if not named:
         raise InputError("there is no dictionary to train.")
     jobs: dict[str, Job] = {}
     for name, one in named.items():
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise SettingsError(f"a name is made of letters, digits, '-', '_' and '.', not {name!r}: it names files.")
-        if isinstance(one, Dictionary):
-            if read is None and len(widths) > 1:
+        if not isinstance(one, Job):
+            if read is None and one.sequences and len(widths) == 2:
+                one = Job(one, *widths)
+            elif read is None and len(widths) > 1:
                 raise InputError(f"{name}: the source has {', '.join(widths)}; choose one by read=.")
-            one = Job(one, read or next(iter(widths)), target)
+            else:
+                one = Job(one, read or next(iter(widths)), target)
         one.check(name, widths)
         jobs[name] = one
     if len({id(job.dictionary) for job in jobs.values()}) < len(jobs):
@@ -177,7 +192,17 @@ def _jobs(
     return jobs
 
 
-def _begin(learners: Sequence[Learner], source: Source[Rows], settings: TrainSettings, processes: Processes) -> None:
+def _next(source: Source[Any], processes: Processes, device: torch.device) -> tuple[Any, int]:
+    """The next batch of which every process has tokens, and how many there are here; None where one has ended."""
+    while True:
+        batch = next(source, None)
+        used = -1 if batch is None else batch.used
+        least = used if processes.world == 1 else int(processes.reduce(torch.tensor(used, device=device), "min"))
+        if least:
+            return (batch, used) if least > 0 else (None, 0)
+
+
+def _begin(learners: Sequence[Learner], source: Source[Any], settings: TrainSettings, processes: Processes) -> None:
     """First values that depend on the activations; the same weights in every process."""
     scaled = any(x.dictionary.cfg.normalize_activations == "expected_average_only_in" for x in learners)
     if scaled or settings.b_dec_init == "mean":
@@ -189,10 +214,8 @@ def _begin(learners: Sequence[Learner], source: Source[Rows], settings: TrainSet
         processes.same(p.data for p in learner.dictionary.parameters())
 
 
-def _shared(one: Any, processes: Processes) -> Any:
+def _shared(one: Statistics, processes: Processes) -> Statistics:
     """The statistics of all processes together."""
-    from interp.dictionaries.activations import Statistics
-
     if processes.world == 1:
         return one
     count = torch.tensor([float(one.count)], dtype=torch.float64)
@@ -202,10 +225,12 @@ def _shared(one: Any, processes: Processes) -> Any:
     return Statistics(int(total), sums[1:-2] / total, float(sums[-2]) / total, float(sums[-1]) / total)
 
 
-def _folded(learner: Learner) -> Dictionary:
+def _folded(learner: Learner) -> Dictionary | Lorsa:
     dictionary = learner.dictionary
     if dictionary.cfg.normalize_activations != "expected_average_only_in":
         return dictionary.eval()
+    if isinstance(dictionary, Lorsa):
+        return lorsa_files.fold_scales(dictionary, learner.scale, learner.target_scale).eval()
     out = learner.target_scale if dictionary.transcodes else None
     return fold_activation_scale(dictionary, learner.scale, out).eval()
 
