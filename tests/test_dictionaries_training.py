@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,35 +268,74 @@ TWO = """
 import json, os, sys, torch
 torch.set_num_threads(1)
 from interp.dictionaries.training import Processes, TrainSettings, train
+from interp.dictionaries.training.sharded import sharded
 from tests.test_dictionaries_training import Drawn, sae
 processes = Processes.join("cpu")
 kind, folder, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 source = Drawn(rank=processes.rank, world=processes.world, steps=steps)
-settings = TrainSettings(steps=steps, lr=1e-2, log_every=1, dead_feature_window=3, scale_rows=640, checkpoint_every=10)
-found = train(sae(kind, normalize_activations="expected_average_only_in"), source, settings, read="x", folder=folder)
+settings = TrainSettings(
+    steps=steps, lr=1e-2, log_every=1, dead_feature_window=3, scale_rows=640, checkpoint_every=10,
+    sharded=len(sys.argv) > 4,
+)
+given = sae(kind, normalize_activations="expected_average_only_in")
+found = train(given, source, settings, read="x", folder=folder)
+if settings.sharded:
+    spread = sharded(given)
+    parts = torch.tensor([p.to_local().numel() for p in spread.parameters()])
+    torch.distributed.all_reduce(parts)
+    assert parts.tolist() == [p.numel() for p in given.parameters()], parts
+    assert parts.sum() > 1.9 * sum(p.to_local().numel() for p in spread.parameters())
 """
+
+
+def two(script, kind, folder, *more):
+    """A run of 40 steps in two processes over gloo."""
+    script.write_text(TWO)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
+    done = subprocess.run(
+        [*command, str(script), kind, str(folder), "40", *more],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def alone(kind):
+    settings = TrainSettings(steps=40, lr=1e-2, log_every=1, dead_feature_window=3, scale_rows=640)
+    one = sae(kind, normalize_activations="expected_average_only_in")
+    return train(one, Drawn(), settings, read="x").metrics
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+def test_a_dictionary_spread_over_processes_has_the_curve_of_one(tmp_path, kind):
+    """FSDP2 over gloo; taken up again from whole weights, with the same bits."""
+    two(tmp_path / "two.py", kind, tmp_path / "run", "sharded")
+    one, found = alone(kind), pd.read_parquet(tmp_path / "run" / "metrics.parquet")
+    for column in ("loss", "mse_loss", "fvu", "l0", "dead"):
+        np.testing.assert_allclose(found[column], one[column], rtol=1e-4, atol=1e-5, err_msg=column)
+    weights = (tmp_path / "run" / "dictionary" / "sae_weights.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000040")
+    shutil.rmtree(tmp_path / "run" / "dictionary")
+    two(tmp_path / "two.py", kind, tmp_path / "run", "sharded")
+    assert (tmp_path / "run" / "dictionary" / "sae_weights.safetensors").read_bytes() == weights
+
+
+def test_what_cannot_be_spread():
+    with pytest.raises(SettingsError, match="torchrun"):
+        train(sae(), Drawn(), TrainSettings(steps=2, sharded=True), read="x")
+    with pytest.raises(SettingsError, match="bfloat16 or none"):
+        TrainSettings(steps=2, sharded=True, autocast="float16")
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "topk"])
 def test_two_processes_have_the_loss_curve_of_one(tmp_path, kind):
     """Over gloo: the threshold, the dead latents, the norms and the gradient are those of all processes together."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
-    for steps in ("40", "40"):  # the second time it is taken up and there is nothing left to do
-        done = subprocess.run(
-            [*command, str(script), kind, str(tmp_path / "two"), steps],
-            env=environment, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-    alone = sae(kind, normalize_activations="expected_average_only_in")
-    settings = TrainSettings(steps=40, lr=1e-2, log_every=1, dead_feature_window=3, scale_rows=640)
-    one = train(alone, Drawn(), settings, read="x").metrics
-    two = pd.read_parquet(tmp_path / "two" / "metrics.parquet")
+    for _ in range(2):  # the second time it is taken up and there is nothing left to do
+        two(tmp_path / "two.py", kind, tmp_path / "run")
+    one, found = alone(kind), pd.read_parquet(tmp_path / "run" / "metrics.parquet")
     assert int(one["dead"].max()) > 0
     for column in ("loss", "mse_loss", "auxiliary_reconstruction_loss", "fvu", "l0", "dead"):
-        np.testing.assert_allclose(two[column], one[column], rtol=2e-5, atol=1e-5, err_msg=column)
+        np.testing.assert_allclose(found[column], one[column], rtol=2e-5, atol=1e-5, err_msg=column)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def logit_effects(
     if head is None:
         raise UnsupportedError(f"{lens.name}: its head is not a final norm and one projection, so nothing is direct.")
     with torch.no_grad():
-        device = next(lens.model.parameters()).device
+        device = lens.input_device
         rows, factor = latent_rows(at, asked).to(device), 1.0
         for norm, scale in zip(head.fitted, _scales(lens, batch), strict=True):
             if norm is None:

@@ -17,7 +17,8 @@ from interp.dictionaries.lorsa.files import rescale
 from interp.dictionaries.lorsa.lorsa import Lorsa
 from interp.dictionaries.training.processes import Processes
 from interp.dictionaries.training.settings import TrainSettings
-from interp.errors import InputError, NonFiniteError
+from interp.dictionaries.training.sharded import gather, part_of, sharded, whole
+from interp.errors import InputError, NonFiniteError, SettingsError
 
 _SHOWN = ("fvu", "explained_variance_legacy", "l0", "cosine", "l2_ratio")
 
@@ -69,13 +70,30 @@ class Learner:
         self.name, self.job, self.settings, self.processes = name, job, settings, processes
         self.dictionary = job.dictionary.train()
         self.scale = self.target_scale = 1.0
-        parameters = list(self.dictionary.parameters())
-        fused = parameters[0].is_floating_point() and parameters[0].dtype in (torch.float32, torch.float64)
-        betas = (settings.adam_beta1, settings.adam_beta2)
-        self.optimiser = torch.optim.Adam(parameters, lr=settings.lr, betas=betas, fused=fused)
-        device = parameters[0].device
+        device = self.dictionary.b_dec.device
         self.since = torch.zeros(self.dictionary.cfg.d_sae, dtype=torch.int64, device=device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "float16")
+        self.optimiser = self._adam()
+        if settings.sharded and processes.world == 1:
+            raise SettingsError("sharded=True needs several processes: start them with torchrun.")
+
+    def _adam(self) -> torch.optim.Adam:
+        parameters, settings = list(self.dictionary.parameters()), self.settings
+        fused = parameters[0].is_floating_point() and parameters[0].dtype in (torch.float32, torch.float64)
+        betas = (settings.adam_beta1, settings.adam_beta2)
+        return torch.optim.Adam(parameters, lr=settings.lr, betas=betas, fused=fused)
+
+    def ready(self) -> None:
+        """Before the first step, with the first weights there: spread the dictionary, where that is wanted."""
+        if self.settings.sharded:
+            self.dictionary = sharded(self.dictionary)
+            self.optimiser, self.since = self._adam(), self.since.to(self.dictionary.b_dec.device)
+
+    def finished(self) -> Dictionary | Lorsa:
+        """The dictionary that was given, as it is now."""
+        if self.settings.sharded:
+            gather(self.dictionary, self.job.dictionary)
+        return self.job.dictionary.eval()
 
     def begin(self, found: Mapping[str, Statistics]) -> None:
         """Take the scale of activations, and the first bias, from a sample of them."""
@@ -106,8 +124,9 @@ class Learner:
         weight = dictionary.W_dec
         even = not isinstance(item, Contexts)  # all processes have as many tokens
         item, masks = self._fitting(item, weight.device)
-        x = item[self.job.read].to(weight) * self.scale
-        target: Any = None if self.job.target is None else item[self.job.target].to(weight) * self.target_scale
+        like = {"device": weight.device, "dtype": weight.dtype}
+        x = item[self.job.read].to(**like) * self.scale
+        target: Any = None if self.job.target is None else item[self.job.target].to(**like) * self.target_scale
         low = None if settings.autocast is None else getattr(torch, settings.autocast)
         with torch.autocast(weight.device.type, low, enabled=low is not None):
             loss = dictionary.loss(
@@ -124,11 +143,14 @@ class Learner:
         self.scaler.scale(loss.total if share is None else loss.total * share).backward()
         self.scaler.unscale_(self.optimiser)
         gradients = [p.grad for p in dictionary.parameters() if p.grad is not None]
-        self.processes.average(gradients)
+        if not settings.sharded:  # else they are averaged on their way
+            self.processes.average(gradients)
         dictionary.before_step()
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not norm.isfinite() and not self.scaler.is_enabled():
-            raise NonFiniteError(f"{self.name}: the gradient is {norm.item()} in step {step}; lower lr, or clip it.")
+        if not whole(norm).isfinite() and not self.scaler.is_enabled():
+            raise NonFiniteError(
+                f"{self.name}: the gradient is {whole(norm).item()} in step {step}; lower lr, or clip it."
+            )
         if settings.grad_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(dictionary.parameters(), settings.grad_clip_norm, norm)
         lr = settings.lr_at(step)
@@ -185,11 +207,11 @@ class Learner:
         return row | {"dead": int(self.dead.sum())}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that has to be kept: weights, buffers, the optimiser's means, the counts."""
-        out = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
+        """All that has to be kept: weights, buffers, the optimiser's means, the counts; every process calls this."""
+        out = {f"weights.{name}": whole(value) for name, value in self.dictionary.state_dict().items()}
         names = {id(p): n for n, p in self.dictionary.named_parameters()}
         for parameter, kept in self.optimiser.state.items():
-            out |= {f"adam.{names[id(parameter)]}.{key}": torch.as_tensor(value) for key, value in kept.items()}
+            out |= {f"adam.{names[id(parameter)]}.{key}": whole(torch.as_tensor(x)) for key, x in kept.items()}
         return {**out, "since": self.since}
 
     def values(self) -> dict[str, Any]:
@@ -200,13 +222,14 @@ class Learner:
         """Go back to what `tensors` and `values` gave."""
         weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
         self.dictionary.load_state_dict(weights)
+        self.ready()
         for name, parameter in self.dictionary.named_parameters():
             start = f"adam.{name}."
             kept = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
             if kept:
                 steps = kept.pop("step")
                 fused = self.optimiser.param_groups[0]["fused"]
-                moved = {key: value.to(parameter.device) for key, value in kept.items()}
+                moved = {key: part_of(value, parameter) for key, value in kept.items()}
                 self.optimiser.state[parameter] = {"step": steps.to(parameter.device) if fused else steps, **moved}
         self.since.copy_(tensors["since"])
         self.scale, self.target_scale = values["scale"], values["target_scale"]

@@ -37,6 +37,8 @@ class TrainSettings:
         log_every: steps between rows of the log.
         checkpoint_every: steps between checkpoints.
         keep: how many checkpoints are kept.
+        sharded: each of several processes keeps only its part of weights, gradients and Adam's means (FSDP2); give
+            dictionaries that are too large for one device on the CPU.
         seed: of torch's random numbers.
 
     Raises:
@@ -59,6 +61,7 @@ class TrainSettings:
     log_every: int = 50
     checkpoint_every: int = 500
     keep: int = 2
+    sharded: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -69,6 +72,10 @@ class TrainSettings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), [str(a) for a in allowed])
+        if self.sharded and self.autocast == "float16":
+            raise SettingsError(
+                "sharded=True takes autocast bfloat16 or none: float16 needs one scale of all gradients."
+            )
         for name in ("lr", "grad_clip_norm"):
             value = getattr(self, name)
             if value is None and name == "grad_clip_norm":

@@ -212,6 +212,7 @@ def _begin(learners: Sequence[Learner], source: Source[Any], settings: TrainSett
             learner.begin(found)
     for learner in learners:
         processes.same(p.data for p in learner.dictionary.parameters())
+        learner.ready()
 
 
 def _shared(one: Statistics, processes: Processes) -> Statistics:
@@ -226,9 +227,9 @@ def _shared(one: Statistics, processes: Processes) -> Statistics:
 
 
 def _folded(learner: Learner) -> Dictionary | Lorsa:
-    dictionary = learner.dictionary
+    dictionary = learner.finished()
     if dictionary.cfg.normalize_activations != "expected_average_only_in":
-        return dictionary.eval()
+        return dictionary
     if isinstance(dictionary, Lorsa):
         return lorsa_files.fold_scales(dictionary, learner.scale, learner.target_scale).eval()
     out = learner.target_scale if dictionary.transcodes else None
