@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 MODELS := smollm2-135m minilm-l6 dinov2-s whisper-tiny-en
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check models clean
+.PHONY: demo test check models compat clean
 
 demo: $(STAMP)
 	$(BIN)/interp models install smollm2-135m
@@ -23,6 +23,20 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The oldest transformers that pyproject.toml allows, or TRANSFORMERS=5.24.0 for another, in a venv of its own.
+FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+TRANSFORMERS ?= $(FLOOR).0
+OLD := .venv-compat/$(TRANSFORMERS)
+CORE := $(addprefix tests/test_,attention.py lens.py generate.py edits.py padding.py heads.py attribution_rollout.py tracing_sweep.py grids.py families.py)
+# Gemma 2's patterns are refused on 5.15 to 5.20 under sdpa: the proof misses the kernel's output.
+CORE_BUT := $(if $(filter $(FLOOR).0,$(TRANSFORMERS)),-k "not gemma2")
+
+compat:
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(OLD)/bin/python -m pip install -q "transformers==$(TRANSFORMERS)" -e . pytest pytest-timeout hypothesis beartype networkx
+	$(OLD)/bin/python -m pytest -q -p no:cacheprovider $(CORE_BUT) $(CORE)
+
 # torch comes first and pinned: a looser range would pull the CUDA builds onto machines that have no GPU.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,4 +45,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs site .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat runs site .pytest_cache .ruff_cache

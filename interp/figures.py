@@ -1,16 +1,17 @@
-"""Drawing from plain arrays with plotly: heads, ranked bars, attention patterns, lines over layers.
+"""Drawing from plain arrays with plotly: heads, ranked bars, attention patterns, lines over layers; with CircuitsVis.
 
 Colours are those of [`interp.palette`][interp.palette]. Text from models or data is escaped, since plotly reads a
 subset of HTML in every label. Plotly is imported when something is drawn.
 """
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interp.errors import InputError
+from interp.errors import InputError, MissingPackageError
 from interp.palette import DIVERGING, SEQUENTIAL, colour_range, finite_array, is_diverging
 
 if TYPE_CHECKING:
@@ -329,6 +330,33 @@ def interval_lines(
     figure.update_yaxes(title_text=escape(unit) or None, zeroline=is_diverging(np.concatenate(ranges)))
     figure.update_layout(showlegend=len(series) > 1)
     return figure
+
+
+def circuitsvis_tokens(names: Sequence[str], values: np.ndarray, labels: Sequence[str]) -> Any:
+    """A row of names, coloured by the kind of value that is chosen above it: CircuitsVis's `colored_tokens_multi`.
+
+    Args:
+        names: what is coloured, such as tokens [name].
+        values: the numbers [name, kind].
+        labels: names of the kinds.
+
+    Returns:
+        CircuitsVis's `RenderedHTML`, which a notebook shows.
+
+    Raises:
+        MissingPackageError: CircuitsVis is not installed.
+        InputError: NaN or infinity among the values.
+    """
+    try:
+        from circuitsvis.tokens import colored_tokens_multi  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingPackageError(f"drawing with CircuitsVis needs `pip install circuitsvis` ({error}).") from error
+    import torch
+
+    numbers = finite_array(values, 2, "values")
+    # CircuitsVis writes names into a script as they are: what could end or open one there is broken up.
+    plain = [re.sub(r"<(?=[/!a-zA-Z])", "<\u200b", name) for name in (*names, *labels)]
+    return colored_tokens_multi(plain[: len(names)], torch.from_numpy(numbers), plain[len(names) :])
 
 
 def _cell(count: int, total: int, least: int, most: int) -> int:

@@ -21,6 +21,7 @@ from interp.engine.proof import TOLERANCE, prove
 from interp.engine.run import Metric, device_of, generate, parameters_of, run
 from interp.engine.stepper import Stepper
 from interp.errors import AnatomyError, InputError, SettingsError, UnsupportedError
+from interp.estimate import Estimate, estimate
 from interp.headlist import check_model
 from interp.inputs import batch_of, pad_id, prepare_images, prepare_texts, tokenizer_of
 from interp.reads import Read
@@ -96,6 +97,11 @@ class Lens:
     def dtype(self) -> torch.dtype:
         """The dtype of the model's floating-point parameters."""
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where the model takes its inputs; its parameters may lie elsewhere, or be put away (`device_map`)."""
+        return device_of(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -328,7 +334,7 @@ class Lens:
         if not isinstance(batch, Batch):
             raise InputError(f"run takes a Batch from lens.prepare, got {type(batch).__name__}.")
         self._ready(batch)
-        wanted = [Read.of(r) for r in ([reads] if isinstance(reads, (str, Read)) else reads)]
+        wanted = _reads(reads)
         if entry is not None and entry.start:
             self._check_entry(batch, entry)
         trace = run(
@@ -337,7 +343,7 @@ class Lens:
             self._positioned(batch),
             list(dict.fromkeys(wanted)),
             self._mine(edits),
-            gradients=[Read.of(r) for r in ([gradients] if isinstance(gradients, (str, Read)) else gradients)],
+            gradients=_reads(gradients),
             metric=metric,
             entry=entry,
             cache=cache,
@@ -349,6 +355,31 @@ class Lens:
         from interp.backends.cache import activation_cache
 
         return activation_cache(trace, self.anatomy, self.model.config, tokenizer_of(self.processor))
+
+    def estimate(
+        self,
+        batch: Batch | tuple[int, int],
+        reads: Iterable[str | Read] | str | Read = (),
+        *,
+        gradients: bool = False,
+        to: torch.device | str | None = None,
+    ) -> Estimate:
+        """What a run would take: bytes that come back, bytes at its peak, time, and how many samples fit at once.
+
+        One sample is run twice to take the time. `check()` of what is returned refuses what cannot fit.
+
+        Args:
+            batch: from `prepare`, or how many prompts of how many tokens.
+            reads: as for `run`.
+            gradients: whether gradients are asked for too.
+            to: device to keep the reads on.
+
+        Raises:
+            InputError: the batch's images are packed over samples.
+        """
+        if not isinstance(batch, Batch):
+            batch = self.prepare(input_ids=tokens(self.model.config, *batch))
+        return estimate(self, batch, _reads(reads), gradients=gradients, to=to)
 
     def generate(
         self,
@@ -421,7 +452,7 @@ class Lens:
             "stopping_criteria": stopping_criteria,
         }
         options |= {k: v for k, v in more.items() if v is not None}
-        wanted = [Read.of(r) for r in ([reads] if isinstance(reads, (str, Read)) else reads)]
+        wanted = _reads(reads)
         devices = [d for d in {p.device for p in self.model.parameters()} if d.type == "cuda"]
         with torch.random.fork_rng(devices=devices, enabled=seed is not None):
             if seed is not None:
@@ -506,3 +537,8 @@ class Lens:
             raise UnsupportedError(f"{self.name}: the head is not a final norm and one projection.")
         with torch.no_grad():
             return head(stream)
+
+
+def _reads(given: Iterable[str | Read] | str | Read) -> list[Read]:
+    """One read or several, as a list of reads."""
+    return [Read.of(r) for r in ([given] if isinstance(given, (str, Read)) else given)]

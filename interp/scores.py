@@ -199,6 +199,22 @@ class HeadScores(Scores):
         labels = [f"L{layer} H{head}" for layer, head in zip(top["layer"], top["head"], strict=True)]
         return ranked_bars(labels, top[column].to_numpy(), low=low, high=high, title=title, unit=unit)
 
+    def to_circuitsvis(self) -> Any:
+        """The heads as CircuitsVis shows tokens: `L5H1` and so on, coloured by the score or an extra column.
+
+        Returns:
+            CircuitsVis's `RenderedHTML`, which a notebook shows.
+
+        Raises:
+            MissingPackageError: CircuitsVis is not installed.
+        """
+        from interp.figures import circuitsvis_tokens
+
+        layers, heads = self._mask().nonzero(as_tuple=True)
+        names = [f"L{layer}H{head}" for layer, head in zip(layers.tolist(), heads.tolist(), strict=True)]
+        columns = [column[layers, heads].numpy() for column in (self.scores, *self.extra.values())]
+        return circuitsvis_tokens(names, np.stack(columns, 1), ["score", *self.extra])
+
     def interval(
         self, confidence: float = 0.95, *, resamples: int = 1000, seed: int = 0
     ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.errors import UnknownNameError, UnsupportedError
 from interp.reads import Read
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +74,28 @@ class Trace:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in [*self.values.values(), *self.gradients.values()])
 
+    def frame(self, read: str | Read) -> pd.DataFrame:
+        """One read as a tidy pandas frame: a row for each number, padding left out.
+
+        Columns: `layer` (of sites that have one), the read's axes by the names of `interp.sites` (`batch`, `pos`,
+        `head`, `d_model`, ...), and `value`. A position is a column of the padded batch, or where positions were chosen
+        its number among them; a head has the number that the read names it by. All columns but the last are an index:
+        `frame.set_index(list(frame.columns[:-1]))["value"].to_xarray()` is the labelled array of xarray.
+
+        Args:
+            read: as in `trace[read]`.
+
+        Raises:
+            UnknownNameError: it was not read, or the name is that of several reads.
+            UnsupportedError: norms at positions whose number may differ between samples.
+        """
+        import pandas
+
+        found = self[read]
+        wanted = list(found.values()) if isinstance(found, dict) else [found]
+        parts = [_rows(self, r, n, t) for (r, n), t in self.values.items() if any(t is w for w in wanted)]
+        return pandas.concat([pandas.DataFrame(part) for part in parts], ignore_index=True)
+
     def to_transformer_lens(self) -> Any:
         """What was read as a `transformer_lens.ActivationCache`, which its own functions accept.
 
@@ -93,6 +120,40 @@ class Trace:
             reads.setdefault(str(read), []).append(layer)
         inner = ", ".join(f"{r} x{len(ls)}" for r, ls in reads.items())
         return f"Trace({inner}; {self.nbytes / 2**20:.1f} MiB)"
+
+
+def _rows(trace: Trace, read: Read, layer: int, tensor: Tensor) -> dict[str, np.ndarray]:
+    """The columns of one layer of a read."""
+    row = read.row
+    alike = isinstance(read.positions, int | tuple) or str(read.positions) in ("all", "last")
+    if read.reduce == "norm" and not alike:
+        raise UnsupportedError(f"a trace does not say which numbers of {str(read)!r} are real: read it without |norm.")
+    names = [*row.axes]
+    if read.over_heads:
+        names.remove(names[row.head_axis or 0])
+    elif read.reduce == "norm":
+        names.pop()
+    elif read.reduce is not None:
+        names.remove(names[row.position_axis or 0])
+    keep = np.ones(tensor.shape, dtype=bool)
+    mask = trace.masks.get(trace.main if read.tower in (None, "cross") else read.tower)
+    every = isinstance(read.positions, str) and read.positions == "all"
+    chosen = trace.valid.get(read, mask if every else None)
+    for name, real in (("pos", chosen), ("query", chosen), ("key", mask)):
+        if real is None or name not in names or (name == "key" and read.tower == "cross"):
+            continue
+        axis = names.index(name)
+        if tensor.shape[axis] == real.shape[1]:  # else there are cached positions in front
+            shape = [len(real), *(real.shape[1] if i == axis else 1 for i in range(1, tensor.ndim))]
+            keep &= real.cpu().numpy().reshape(shape)
+    places = dict(zip(names, keep.nonzero(), strict=True))
+    for name in ("head", "kv_head"):
+        if name in places and read.heads is not None:
+            places[name] = np.array(read.heads)[places[name]]
+    wide = tensor.detach().cpu()
+    wide = wide.float() if wide.dtype in (torch.float16, torch.bfloat16) else wide
+    first = {"layer": np.full(int(keep.sum()), layer)} if row.per_layer else {}
+    return {**first, **places, "value": wide.numpy()[keep]}
 
 
 def _lookup(table: Mapping[tuple[Read, int], Tensor], key: Any, what: str, main: str, depth: Mapping[str, int]) -> Any:

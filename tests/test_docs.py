@@ -56,7 +56,7 @@ def test_examples_run(page, needs, tmp_path, monkeypatch, load_once):
     for name in needs:
         if installed_version(catalogue_row(name).package) is None:
             pytest.skip(f"the package of {name} is not installed (a publisher may withdraw it)")
-    for package in ("transformer_lens", "nnsight"):
+    for package in ("transformer_lens", "nnsight", "sae_lens"):
         if any(f"import {package}" in code or f"from {package}" in code for _, code in python_of(page)):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ FLOORS = [
     {"batch", "figures", "token_figures", "results", "models"},
     {"scores", "tokens", "trace", "edits", "data"},
     {"engine", "grids"},
-    {"inputs", "backends"},
+    {"inputs", "backends", "estimate"},
     {"lens", "without_image"},
     {"wrapping"},
     {"testing", "heads", "attribution", "tracing"},

@@ -62,6 +62,7 @@ def heads(
     head), patterns (induction, previous-token, ... scores of the attention), vision_divergence (how much a head's
     output depends on the image), visual_concentration (how it looks at the image), pursuit (how much of what it writes
     a list of keywords explains), logit_lens (the baseline for that).
+    Under torchrun (torchrun --nproc-per-node 2 -m interp heads ...) the processes divide the batches of prompts.
     """
     options = {key: value for key, value in locals().items() if key not in ("method", "out", "config", "overwrite")}
     from interp.cli.named import check_model, named_methods
@@ -77,8 +78,12 @@ def heads(
         raise SettingsError("no run folder is named: give --out DIR.")
     check_model(settings.model)
     from interp.cli.ranking.run import run_heads, show_top
+    from interp.cli.together import Together
 
-    folder = run_heads(settings, out, overwrite=overwrite)
+    together = Together(settings.device)
+    folder = run_heads(settings, out, overwrite=overwrite, together=together)
+    if not together.first:
+        return
     for name in settings.methods:
         show_top(folder, name)
     typer.echo(f"report: {folder.path / 'report.html'}")

@@ -47,7 +47,8 @@ def trace(
     Methods: causal (noise on a subject, states put back), cross_modal (a spoilt picture, groups of tokens put back),
     sweep (clean against corrupt prompts, exact), attribution (the same to first order, all heads at once), paths (what
     heads give directly), knockout (attention cut between groups of tokens). Says what it costs before it starts.
-    Results are stored part by part: a run that was interrupted is taken up by the same command.
+    Results are stored part by part: a run that was interrupted is taken up by the same command. Under torchrun
+    (torchrun --nproc-per-node 2 -m interp trace ...) the processes divide the prompts.
     """
     own = ("method", "site", "edge", "receiver", "out", "config", "estimate", "overwrite")
     options = {key: value for key, value in locals().items() if key not in (*own, "own")}
@@ -66,12 +67,16 @@ def trace(
     if out is None and not estimate:
         raise SettingsError("no run folder is named: give --out DIR, or --estimate.")
     check_model(settings.model)
+    from interp.cli.together import Together
     from interp.cli.tracing import run
 
     if estimate:
         run.estimate(settings)
         return
     assert out is not None
-    folder = run.run_trace(settings, out, overwrite=overwrite)
+    together = Together(settings.device)
+    folder = run.run_trace(settings, out, overwrite=overwrite, together=together)
+    if not together.first:
+        return
     run.show_top(folder)
     typer.echo(f"report: {folder.path / 'report.html'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from interp.engine.linear import LinearBlock, linear_block
 from interp.engine.norms import FittedNorm
 from interp.engine.placed import parameter
+from interp.engine.shards import Shards
 from interp.engine.trail import Replay
 from interp.errors import UnknownNameError, UnsupportedError, unknown
 
@@ -61,6 +62,7 @@ class AttentionPart:
         chain: what lies between the projection and the stream: fitted norms and constant factors, in order.
         cross: whether keys come from another stream.
         refused: sites that this part cannot give, with the reason.
+        shards: the processes of which each computes some of the heads; None where one computes all.
     """
 
     module: nn.Module
@@ -74,6 +76,16 @@ class AttentionPart:
     chain: tuple[FittedNorm | Replay, ...]
     cross: bool
     refused: Mapping[str, str] = field(default_factory=dict)
+    shards: Shards | None = None
+
+    def heads(self, given: Tensor, lead: Sequence[int]) -> Float[Tensor, "... head d_value"]:
+        """What the output projection is given, by head: axes of sizes `lead`, then those of z."""
+        heads = given.reshape(*lead, -1, self.d_value)
+        return heads if self.shards is None else self.shards.whole(heads, -2)
+
+    def given(self, heads: Float[Tensor, "... head d_value"], shape: torch.Size) -> Tensor:
+        """The output projection's input of some shape, from the heads' outputs."""
+        return (heads if self.shards is None else self.shards.own(heads, -2)).reshape(shape)
 
     def weight(self) -> Float[Tensor, "head d_value d_model"]:
         """The output projection per head, W_O.
@@ -128,6 +140,7 @@ class Layer:
         adjusted: whether something is written into the stream between the layer below and this one.
         recipe: how the stream is put together, for the proof: ("add", kinds), ("norm", module) or ("scale", factor).
         refused: sites that this layer cannot give, with the reason.
+        neurons: the processes of which each computes some of mlp_act; None where one computes all.
     """
 
     index: int
@@ -147,6 +160,7 @@ class Layer:
     adjusted: bool
     recipe: tuple[tuple[str, Any], ...]
     refused: Mapping[str, str]
+    neurons: Shards | None = None
 
     def steps(self, until: Until = "post") -> tuple[tuple[str, Any], ...]:
         """The recipe up to a place.
@@ -255,7 +269,8 @@ class Unembedding:
             stream = stream * scale({})
         weight = getattr(self.module, "weight", stream)
         # Models with a float32 stream and half-precision weights cast before the projection.
-        logits = self.module(stream.to(weight.dtype) if weight.is_floating_point() else stream)
+        plain = isinstance(weight, Tensor) and weight.is_floating_point()
+        logits = self.module(stream.to(weight.dtype) if plain else stream)
         for step in self.after:
             logits = step({"logits": logits})
         return logits
@@ -292,7 +307,8 @@ class Unembedding:
         Raises:
             UnsupportedError: the projection has no plain weight.
         """
-        columns = projection_matrix(self.module, self.name).float().T[ids]
+        matrix = projection_matrix(self.module, self.name).float().T
+        columns = matrix[ids.to(matrix.device)]
         for scale in self.scales:
             columns = columns * scale({})
         probe = torch.tensor([0.0, 1.0, 2.0], device=columns.device)

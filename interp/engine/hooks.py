@@ -253,9 +253,13 @@ class _LayerHooks:
         """Serve mlp_act before the MLP's last projection."""
         value = args[0]
         assert self.state.stream is not None
+        neurons = self.layer.neurons
         shaped = value.reshape(*self.state.stream.shape[:-1], value.shape[-1])
+        shaped = shaped if neurons is None else neurons.whole(shaped, -1)
         new = self._visit("attn", "mlp_act", shaped)
-        return None if new is shaped else (new.reshape(value.shape), *args[1:])
+        if new is shaped:
+            return None
+        return ((new if neurons is None else neurons.own(new, -1)).reshape(value.shape), *args[1:])
 
     def z(self, kind: str, part: AttentionPart) -> Callable:
         """Serve z before the output projection."""
@@ -264,9 +268,9 @@ class _LayerHooks:
             self._flush(kind, part)
             value = args[0]
             assert self.state.stream is not None
-            heads = value.reshape(*self.state.stream.shape[:-1], part.n_heads, part.d_value)
+            heads = part.heads(value, self.state.stream.shape[:-1])
             new = self._visit(kind, "z", heads)
-            return None if new is heads else (new.reshape(value.shape), *args[1:])
+            return None if new is heads else (part.given(new, value.shape), *args[1:])
 
         return hook
 
@@ -277,7 +281,7 @@ class _LayerHooks:
             recorder, place = self.recorder, self._place(kind, "result")
             assert self.state.stream is not None
             lead = self.state.stream.shape[:-1]
-            z = args[0].detach().reshape(*lead, part.n_heads, part.d_value)
+            z = part.heads(args[0].detach(), lead)
             full = out.detach().reshape(*lead, 1, -1)
             if self.tower.packed:
                 z, full = z[None], full[None]
@@ -301,6 +305,7 @@ class _LayerHooks:
         work = self.recorder.plan.work
         places = {s: self._place(kind, s) for s in sites & ATTENTION_CALL}
         changing = {s for s, p in places.items() if work[p].edits or work[p].probe}
+        shards = part.shards
 
         def handler(call: AttentionCall, delegate: Callable[[AttentionCall], tuple]) -> tuple:
             if self.tower.packed:
@@ -313,15 +318,21 @@ class _LayerHooks:
                 return delegate(call)
             for site, name in (("q", "query"), ("k", "key"), ("v", "value")):
                 if site in places:
-                    old = getattr(call, name).transpose(1, 2)
+                    here = getattr(call, name).transpose(1, 2)
+                    old = here if shards is None else shards.whole(here, 2)
                     new = self.recorder.visit(places[site], old)
                     if new is not old:
-                        setattr(call, name, new.transpose(1, 2))
+                        setattr(call, name, (new if shards is None else shards.own(new, 2)).transpose(1, 2))
             if not sites & {"scores", "pattern"}:
                 return delegate(call)
             if changing & {"scores", "pattern"}:
+                if shards is not None:
+                    raise UnsupportedError(
+                        f"edits of {sorted(changing & {'scores', 'pattern'})} are refused in a tensor-parallel model, "
+                        "whose kernels see some of the heads; edit `q`, `k`, `v` or `z` there."
+                    )
                 return self._changed(call, places, delegate)
-            self._read_only(call, places)
+            self._read_only(call if shards is None else shards.call(call), places)
             return delegate(call)
 
         return handler

@@ -11,6 +11,7 @@ from torch import nn
 
 from interp.engine.anatomy import Layer, Part
 from interp.engine.parts import Inside, attention_part, down_projection
+from interp.engine.shards import shards_of
 from interp.engine.streams import Stream, branch_ancestors, self_or_cross
 from interp.engine.trail import Add, Norm, split_sum, trail
 from interp.engine.watch import Call, Value, reaches
@@ -105,6 +106,7 @@ def build_layer(index: int, stream: Stream, below: Stream | None, counts: Counte
         below is not None and trail(stream.start, lambda v: v is below.end, layer=None, adds=False) != [],
         tuple(_recipe(stream, kinds_at)),
         refused,
+        shards_of(down),
     )
 
 

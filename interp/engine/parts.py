@@ -11,6 +11,7 @@ from interp.engine.attention import AttentionCall
 from interp.engine.fields import unknown_fields
 from interp.engine.norms import FittedNorm, fit_norm
 from interp.engine.proof import TOLERANCE, pattern_error
+from interp.engine.shards import shards_of
 from interp.engine.streams import Stream, branch_ancestors
 from interp.engine.trail import Add, Norm, Replay, Scale, Step, split_sum, trail
 from interp.engine.watch import Call, Value
@@ -23,7 +24,9 @@ Inside = Callable[[Call], bool]
 def _projection(value: Value, inside: Inside) -> Call | None:
     for call, path in value.made_by:
         weight = getattr(call.module, "weight", None)
-        if path == () and inside(call) and isinstance(weight, Tensor) and weight.ndim == 2:
+        matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        # A quantised module of torch has a method in the place of its weight.
+        if path == () and inside(call) and (matrix or (callable(weight) and hasattr(call.module, "in_features"))):
             return call
     return None
 
@@ -56,6 +59,8 @@ def attention_part(kind: str, sources: list[Value], stream: Stream, inside: Insi
         if no_pattern is not None:
             refused["scores"] = refused["pattern"] = no_pattern
         n_heads, d_value = call.query.shape[1], call.value.shape[-1]
+        shards = shards_of(None if projection is None else projection.module)
+        count = 1 if shards is None else shards.count
         if projection is not None:
             width = projection.inputs[0].tensor.shape[-1] if 0 in projection.inputs else -1
             if width != n_heads * d_value:
@@ -65,8 +70,8 @@ def attention_part(kind: str, sources: list[Value], stream: Stream, inside: Insi
         return AttentionPart(
             call.module,
             next((n for n in [_name_of(call, stream)] if n), "?"),
-            n_heads,
-            call.key.shape[1],
+            n_heads * count,
+            call.key.shape[1] * count,
             call.query.shape[-1],
             d_value,
             None if projection is None else projection.module,
@@ -74,6 +79,7 @@ def attention_part(kind: str, sources: list[Value], stream: Stream, inside: Insi
             tuple(chain),
             kind == "cross",
             refused,
+            shards,
         )
     return None
 

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp.engine.shards import is_spread
 from interp.errors import UnsupportedError
 
 
 def parameter(module: nn.Module | None, name: str, where: str) -> Any:
     """A parameter of a module (what it has under the name, None for nothing), brought in where it is put away.
+
+    One that lies in parts on several processes is put together.
 
     Args:
         module: the module.
@@ -28,6 +31,8 @@ def parameter(module: nn.Module | None, name: str, where: str) -> Any:
         UnsupportedError: it is put away, and nothing says where.
     """
     found = getattr(module, name, None)
+    if found is not None and is_spread(found):
+        return found.full_tensor()
     if not isinstance(found, Tensor) or not found.is_meta:
         return found
     assert module is not None

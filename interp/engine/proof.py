@@ -144,7 +144,7 @@ def _prove_layer(
             try:
                 numbers["heads"] = max(
                     numbers.get("heads", 0.0),
-                    prove_heads(part, z.reshape(*branches[kind].shape[:-1], -1), full, branches[kind], given),
+                    prove_heads(part, part.heads(z, branches[kind].shape[:-1]), full, branches[kind], given),
                 )
             except UnsupportedError:
                 continue
@@ -164,9 +164,8 @@ def _dtype(module: nn.Module, x: Tensor) -> torch.dtype:
     return next((p.dtype for p in module.parameters()), x.dtype)
 
 
-def prove_heads(part: AttentionPart, z: Tensor, full: Tensor, out: Tensor, arguments: Mapping[Any, Any]) -> float:
+def prove_heads(part: AttentionPart, heads: Tensor, full: Tensor, out: Tensor, arguments: Mapping[Any, Any]) -> float:
     """Relative error of `attn_out = chain(sum over heads of z_h W_O^h + b_O)`."""
-    heads = z.reshape(*z.shape[:-1], part.n_heads, part.d_value)
     total = torch.einsum("...hd,hdm->...m", heads.float(), part.weight().float())
     bias = part.bias()
     total = total if bias is None else total + bias.float()

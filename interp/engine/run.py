@@ -18,6 +18,7 @@ from interp.engine.hooks import attached
 from interp.engine.placed import device_of as device_of
 from interp.engine.plan import Plan, heads_of, layers_of, make_plan, plan_for
 from interp.engine.recorder import Recorder, Stop, check_no_nan, gather_positions, reduce_part
+from interp.engine.shards import spread
 from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.reads import Read
 from interp.trace import Trace
@@ -48,6 +49,8 @@ def run(
     """Carry out one forward pass; see `Lens.run`. With `whole` it does not stop early."""
     if bool(gradients) != (metric is not None):
         raise SettingsError("gradients need a metric, and a metric is there for gradients: give both or neither.")
+    if gradients and spread(model):
+        raise UnsupportedError("gradients are refused in a tensor-parallel model: a process has some of the weights.")
     plan = plan_for(anatomy, reads, edits, gradients)
     recorder = Recorder(plan, anatomy, batch, to=to)
     takes = parameters_of(model)
@@ -206,8 +209,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for parameters for the time of a run, which saves the memory of their graph."""
-    owned = [(m._parameters, n) for m in model.modules() for n, p in m._parameters.items() if p is not None]
-    active = [(held, name) for held, name in owned if held[name].requires_grad]
+    owned: list[tuple[dict[str, Any], str]] = [(m._parameters, n) for m in model.modules() for n in m._parameters]
+    active = [(held, name) for held, name in owned if held[name] is not None and held[name].requires_grad]
     for held, name in active:
         held[name].requires_grad_(False)
     try:

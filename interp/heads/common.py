@@ -54,7 +54,7 @@ def token_ids(lens: Lens, answers: Answers, size: int, name: str = "answers") ->
 
 def lens_device(lens: Lens) -> torch.device:
     """Where the model takes its inputs."""
-    return next(lens.model.parameters()).device
+    return lens.input_device
 
 
 def logit_difference(answers: Tensor, wrong: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -160,7 +160,7 @@ def unembedding_rows(lens: Lens) -> Float[Tensor, "v d"]:
         )
     size = getattr(head.module, "out_features", None) or len(head.module.weight)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
-        return head.direction(torch.arange(size, device=head.module.weight.device))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return head.direction(torch.arange(size))
 
 
 def atoms_of(lens: Lens, apply_final_norm: FinalNorm) -> Float[Tensor, "v d"]:

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp.estimate import row_bytes
 from interp.reads import Read
 from interp.tracing.base_run import BaseRun
 from interp.tracing.grid import EVERY, Cell, Place
 from interp.tracing.pair import Pair
 from interp.tracing.patching import Patch
-from interp.tracing.planning import Limits, row_bytes
+from interp.tracing.planning import Limits
 
 MIXING = ("k", "v")
 Sources = dict[tuple[int, int], Tensor]

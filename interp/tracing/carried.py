@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.errors import UnsupportedError
+from interp.estimate import row_bytes
 from interp.tracing.base_run import BaseRun
 from interp.tracing.bundles import Bundle, Sources, blocks_of, bundles_of, make_streams, read_sources
 from interp.tracing.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from interp.tracing.grid import EVERY
 from interp.tracing.metrics import against
 from interp.tracing.pair import Found, Pair
 from interp.tracing.patching import Patch
-from interp.tracing.planning import Limits, passes, row_bytes, shared_starts
+from interp.tracing.planning import Limits, passes, shared_starts
 from interp.tracing.progress import Bar
 
 

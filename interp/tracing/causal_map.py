@@ -325,6 +325,32 @@ class CausalMap(Scores):
         unit = self.unit if of == "value" else "share"
         return panels(tables, labels=labels, title=self._title() if title is None else title, unit=unit)
 
+    def to_circuitsvis(self, site: str | None = None, *, of: Of = "effect") -> Any:
+        """The tokens (or groups of positions) as CircuitsVis shows them, coloured by what one layer's cells do.
+
+        Args:
+            site: which; None for all, each layer and head of each with a button of its own.
+            of: `effect`, `mean_ratio` or `value`.
+
+        Returns:
+            CircuitsVis's `RenderedHTML`, which a notebook shows.
+
+        Raises:
+            MissingPackageError: CircuitsVis is not installed.
+            UnknownNameError: no such site, or another `of`.
+            InputError: some cells have no number, for no prompt's gap is large enough.
+        """
+        from interp.figures import circuitsvis_tokens
+
+        columns, labels = [], []
+        for name in self.sites if site is None else [site]:
+            mine = self.cells[self.cells[:, 0] == self._site(name)]
+            for head in sorted({int(h) for h in mine[:, 2]}):
+                grid = self.grid(name, head=head, of=of)
+                columns += list(grid.to_numpy(dtype=float))
+                labels += [f"{name} L{layer}" + (f" H{head}" if head >= 0 else "") for layer in grid.index]
+        return circuitsvis_tokens(self.tokens or self.groups, np.stack(columns, 1), labels)
+
     def __repr__(self) -> str:
         best = self.top(1, by="abs").iloc[0]
         where = best["position"] if self.single else best["group"]

@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.edits import Edit, Where
+from interp.estimate import row_bytes
 from interp.reads import Read
 from interp.tracing.carried import Carried
 from interp.tracing.grid import Place
 from interp.tracing.metrics import against
 from interp.tracing.pair import Found, Pair
-from interp.tracing.planning import Limits, row_bytes
+from interp.tracing.planning import Limits
 from interp.tracing.progress import Bar
 
 Sender = tuple[int, int]

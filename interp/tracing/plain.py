@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.edits import Edit
+from interp.estimate import row_bytes
 from interp.reads import Read
 from interp.tracing.checkpoint import Checkpoint
 from interp.tracing.grid import EVERY, Cell
 from interp.tracing.metrics import against, columns_of
 from interp.tracing.pair import Found, Pair
 from interp.tracing.patching import Patch
-from interp.tracing.planning import Limits, row_bytes
+from interp.tracing.planning import Limits
 from interp.tracing.progress import Bar
 
 

@@ -43,7 +43,7 @@ class Limits:
 
 def limits_of(lens: Lens, rows: int | None, memory: int | None) -> Limits:
     """The limits of a sweep; `memory` is found where it is None."""
-    device = next(lens.model.parameters()).device
+    device = lens.input_device
     return Limits(rows, _free(device) if memory is None else memory, _TOKENS.get(device.type))
 
 
@@ -56,32 +56,6 @@ def _free(device: torch.device) -> int:
     except (ValueError, OSError, AttributeError):
         free = _MOST
     return min(_MOST, max(2**26, free // _SHARE))
-
-
-def row_bytes(lens: Lens, columns: int, keys: int, sources: int = 0) -> int:
-    """Bytes that one row of a layer's call takes at its peak, from the widths of the widest layer.
-
-    Args:
-        lens: the model.
-        columns: columns that are computed.
-        keys: keys that they look at, themselves included.
-        sources: positions of the encoder.
-    """
-    tower = lens.anatomy.towers[lens.anatomy.main]
-    size = torch.empty(0, dtype=lens.dtype).element_size()
-    most = 0
-    for layer in tower.layers:
-        weight = getattr(layer.down_proj, "weight", None)
-        wide = weight.numel() // tower.d_model if weight is not None and weight.is_floating_point() else 0
-        each = columns * (8 * tower.d_model + 3 * max(wide, 4 * tower.d_model))
-        for part in layer.attention.values():
-            seen = sources if part.cross else keys
-            each += columns * 3 * part.n_heads * (part.d_head + part.d_value)
-            # Keys and values are joined to those of the prefix, and eager attention repeats them for every head.
-            each += 2 * seen * part.n_heads * (part.d_head + part.d_value)
-            each += 2 * columns * seen * part.n_heads if columns * seen > 2**16 else 0
-        most = max(most, each)
-    return size * most
 
 
 def shared_starts(starts: np.ndarray, work: np.ndarray, width: int, device: str) -> np.ndarray:

@@ -90,5 +90,6 @@ def shown_rows(at: lorsa.PlacedLorsa, lens: interp.Lens, heads: Sequence[int], m
 
 def _quoted(tokens: Sequence[str], place: int) -> str:
     """A token with the two before it."""
-    before = "".join(tokens[max(place - 2, 0) : place])
-    return f"{before}**{tokens[place].strip()}**".strip().replace("|", "\\|")
+    before, token = "".join(tokens[max(place - 2, 0) : place]), tokens[place]
+    blank = token[: len(token) - len(token.lstrip())]
+    return f"{before}{blank}**{token.strip()}**".strip().replace("|", "\\|")

@@ -26,7 +26,7 @@ from interp.dictionaries import SAE, Fidelity, Job, Trained, TrainSettings, Tran
 from interp.dictionaries.activations import ActivationStore, ActivationStream, Contexts, harvest
 
 LAYER, CONTEXT, BATCH = 17, 128, 8
-TARGET, STREAM = f"attn_out.{LAYER}", f"resid_pre.{LAYER}"
+TARGET, STREAM = f"attn_out.{LAYER}", f"text:resid_pre.{LAYER}"
 WIDTH, K = 2304, 32
 LR = 1e-3
 STARTS = ("random", "heads", "subspace", "subspace, QK frozen")
@@ -34,7 +34,7 @@ WIDTHS = ((1152, 32), (2304, 16), (2304, 32), (2304, 64), (4608, 32))
 SEEDS = (0, 1)
 GROUPS = (*(f"starts-{seed}" for seed in SEEDS), "random-fast", "widths", "others")
 SMOOTHED = 10  # steps
-LEVELS = (0.7, 0.6, 0.5)
+LEVELS = (0.7, 0.5, 0.3)
 
 
 def started(rule: lorsa.AttentionRule, start: str, sample: Contexts, **settings: Any) -> lorsa.Lorsa:

@@ -74,7 +74,7 @@ def _compute(folder: AttributionFolder, todo: Sequence[tuple[list[int], list[str
     typer.echo(f"loading {settings.model} ...")
     lens = load(settings.model, device=settings.device, dtype=settings.dtype)
     asker = Asker(lens, settings, folder.prompts)
-    device = str(next(lens.model.parameters()).device)
+    device = str(lens.input_device)
     about = {"device": device, "dtype": str(lens.dtype).removeprefix("torch."), "class": type(lens.model).__name__}
     folder.note(model=about, provenance=asdict(Provenance.here({}, seed=settings.seed)))
     methods = list(dict.fromkeys(m for _, named in todo for m in named))

@@ -82,7 +82,7 @@ def features(
     chat = _chat(chat_url, chat_model)
     typer.echo(f"loading {name} ...")
     lens = load_model(name, device=device, dtype=dtype)
-    dictionary.to(next(lens.model.parameters()).device)
+    dictionary.to(lens.input_device)
     dictionary = placed(dictionary, lens, texts, read=read, target=target)
     asking: dict[str, Any] = {"k": examples, "window": window, "contexts": contexts, "batch": batch_size}
     asking |= {"context": context_of(dictionary, context), "tokens": tokens, "seed": seed}

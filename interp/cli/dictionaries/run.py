@@ -68,7 +68,7 @@ def run_sae(settings: SaeSettings, out: str | os.PathLike[str], *, overwrite: bo
     write_json(path / "run.json", record)
     typer.echo(f"loading {model} ...")
     lens = load(model, device=settings.device, dtype=settings.dtype)
-    dictionary = dictionary.to(next(lens.model.parameters()).device)
+    dictionary = dictionary.to(lens.input_device)
     options: dict[str, Any] = settings.options() | {"context": context_of(dictionary, settings.context)}
     scores = evaluate(dictionary, lens, text, **options, progress=sys.stderr.isatty())
     scores.save(path / "scores")

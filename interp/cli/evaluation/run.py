@@ -162,7 +162,7 @@ def ask(
     if not todo:
         return
     lens = loaded.lens
-    device = str(next(lens.model.parameters()).device)
+    device = str(lens.input_device)
     dtype = str(lens.dtype).removeprefix("torch.")
     folder.note(model={"device": device, "dtype": dtype, "class": type(lens.model).__name__})
     acting = intervention(lens, settings, probe or probe_of(settings, data))

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from interp.data import Prompt
     from interp.lens import Lens
 
+Share = Callable[[int, Callable[[int], HeadScores]], Sequence[HeadScores]]
+
+
+def alone(count: int, piece: Callable[[int], HeadScores]) -> list[HeadScores]:
+    """All pieces, one after the other."""
+    return [piece(number) for number in range(count)]
+
+
 ABLATION_ROWS = 4  # rows of an ablation run for each prompt of a batch
 
 
@@ -96,6 +104,7 @@ def compute(
     keywords: Keywords | None = None,
     done: Callable[[], None] = lambda: None,
     show: bool = False,
+    share: Share = alone,
 ) -> HeadScores:
     """One method over all chunks.
 
@@ -107,16 +116,20 @@ def compute(
         keywords: for the methods that need them.
         done: called after each chunk.
         show: whether ablation, the slow one, shows a bar of its own.
+        share: computes numbered pieces and gives all of them, where processes divide them among themselves.
     """
     if method == "patterns":
-        return _patterns(lens, chunks, settings, done)
+        return _patterns(lens, chunks, settings, done, share)
     if method in CONCEPTUAL:
         assert keywords is not None
         return _concepts(lens, method, chunks, settings, keywords, done)
-    pieces = []
-    for chunk in chunks:
-        pieces.append(_piece(lens, method, chunk, settings, show))
+
+    def piece(number: int) -> HeadScores:
+        found = _piece(lens, method, chunks[number], settings, show)
         done()
+        return found
+
+    pieces = share(len(chunks), piece)
     if method == "visual_concentration":
         return _unweighted(merge([_weighted(piece) for piece in pieces]))
     merged = merge(pieces)
@@ -212,20 +225,34 @@ def normalized(scores: HeadScores, how: str) -> HeadScores:
     )
 
 
-def _patterns(lens: "Lens", chunks: Sequence[Chunk], settings: HeadsSettings, done: Callable[[], None]) -> HeadScores:
+def _patterns(
+    lens: "Lens", chunks: Sequence[Chunk], settings: HeadsSettings, done: Callable[[], None], share: Share
+) -> HeadScores:
     """Pattern scores; each kind is a mean over the prompts that can show it, which may lie in some batches only."""
     kept: list[HeadScores] = []
     used: list[int] = []
     sums: dict[str, torch.Tensor] = {}
     uniform: dict[str, float] = {}
     counts: dict[str, int] = {}
+    shown: list[tuple[Chunk, dict[str, Any], dict[str, torch.Tensor], list[str], str]] = []
     for chunk in chunks:
         targets = pattern_targets(chunk.batch, settings.window)
         able = {kind: queries.any(1).cpu() for kind, (_, queries) in targets.items()}
         kinds = [kind for kind, rows in able.items() if bool(rows.any())]
-        wanted = settings.score if settings.score in kinds or not kinds else kinds[0]
         if kinds:
-            piece = patterns(lens, chunk.batch, score=wanted, window=settings.window)
+            wanted = settings.score if settings.score in kinds else kinds[0]
+            shown.append((chunk, targets, able, kinds, wanted))
+        else:
+            done()
+
+    def piece_of(number: int) -> HeadScores:
+        chunk, *_, wanted = shown[number]
+        found = patterns(lens, chunk.batch, score=wanted, window=settings.window)
+        done()
+        return found
+
+    if shown:
+        for (chunk, targets, able, kinds, wanted), piece in zip(shown, share(len(shown), piece_of), strict=True):
             for kind in kinds:
                 n = int(able[kind].sum())
                 sums[kind] = sums.get(kind, torch.zeros(())) + piece.extra[kind].double() * n
@@ -234,7 +261,6 @@ def _patterns(lens: "Lens", chunks: Sequence[Chunk], settings: HeadsSettings, do
             if wanted == settings.score:
                 kept.append(piece)
                 used += [chunk.first + int(i) for i in able[wanted].nonzero()[:, 0]]
-        done()
     if not kept:
         return patterns(lens, chunks[0].batch, score=settings.score, window=settings.window)  # says what is missing
     extra = {kind: (total / counts[kind]).float() for kind, total in sums.items()}

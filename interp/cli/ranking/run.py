@@ -3,8 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,6 +12,7 @@ import typer
 from interp.cli.console import load, progress, table
 from interp.cli.ranking.folder import RunFolder, keywords_of, prompts_of
 from interp.cli.ranking.settings import CONCEPTUAL, HeadsSettings
+from interp.cli.together import Together
 from interp.files import write_parquet
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def run_heads(
     *,
     lens: "Lens | None" = None,
     overwrite: bool = False,
+    together: Together | None = None,
 ) -> RunFolder:
     """Compute the methods that are missing in a run folder, and write its tables, figures and report.
 
@@ -37,6 +39,7 @@ def run_heads(
         out: the run folder.
         lens: the model, where it is loaded already.
         overwrite: replace a run that is there.
+        together: the processes that divide the prompts; only the first returns with everything written.
 
     Raises:
         InterpError: something asked for does not fit the model, the prompts or the folder.
@@ -46,7 +49,12 @@ def run_heads(
 
     prompts, keywords = prompts_of(settings), keywords_of(settings)
     settings.check_prompts(prompts)
-    folder = RunFolder.open(out, settings, prompts, keywords, overwrite=overwrite)
+    together = together or Together(settings.device)
+    if together.first:
+        folder = RunFolder.open(out, settings, prompts, keywords, overwrite=overwrite)
+    together.wait()
+    if not together.first:
+        folder = replace(RunFolder.read(out), prompts=prompts)
     missing = [m for m in settings.methods if m not in folder.complete]
     for method in settings.methods:
         if method not in missing:
@@ -55,7 +63,9 @@ def run_heads(
         if lens is None:
             typer.echo(f"loading {settings.model} ...")
             lens = load(settings.model, device=settings.device, dtype=settings.dtype)
-        _compute(folder, lens, missing)
+        _compute(folder, lens, missing, together)
+    if not together.first:
+        return folder
     folder.write_tables()
     folder.write_figures()
     write_summary(folder)
@@ -63,7 +73,7 @@ def run_heads(
     return folder
 
 
-def _compute(folder: RunFolder, lens: "Lens", missing: Sequence[str]) -> None:
+def _compute(folder: RunFolder, lens: "Lens", missing: Sequence[str], together: Together) -> None:
     from interp.cli.ranking.batches import compute
     from interp.cli.ranking.evidence import Evidence
     from interp.cli.ranking.examples import answers_of
@@ -71,6 +81,10 @@ def _compute(folder: RunFolder, lens: "Lens", missing: Sequence[str]) -> None:
 
     settings, prompts = folder.settings, folder.prompts
     words = _check(lens, folder, missing)
+
+    def share(count: int, piece: "Callable[[int], HeadScores]") -> "Sequence[HeadScores]":
+        return together.exchanged({n: piece(n) for n in together.mine(count)}, folder.path / "pieces")
+
     made: dict[str, list[Chunk]] = {}
     with progress() as bar:
         whole = _chunks(lens, "prompts", settings, prompts)
@@ -78,33 +92,62 @@ def _compute(folder: RunFolder, lens: "Lens", missing: Sequence[str]) -> None:
         few = settings.effect_prompts and settings.effect_prompts < len(prompts)
         some = _chunks(lens, "prompts", settings, prompts[: settings.effect_prompts]) if few else whole
         evidence = Evidence(lens, settings, whole, some)
+        if whole:
+            _say_cost(lens, whole, len(prompts))
         for method in missing:
             kind = _kind(method, settings)
             chunks = made[kind] if kind in made else made.setdefault(kind, _chunks(lens, kind, settings, prompts))
             start = time.perf_counter()
             if method == "ablation":  # slow within a batch: it shows a bar of its own
                 bar.stop()
-                scores = compute(lens, method, chunks, settings, show=bar.console.is_terminal)
+                show = bar.console.is_terminal and together.first
+                scores = compute(lens, method, chunks, settings, show=show, share=share)
                 bar.start()
             else:
                 task = bar.add_task(method, total=len(chunks))
                 done = lambda task=task: bar.advance(task)  # noqa: E731
-                scores = compute(lens, method, chunks, settings, keywords=words, done=done)
+                scores = compute(lens, method, chunks, settings, keywords=words, done=done, share=share)
+            if not together.first:
+                continue
             seconds = time.perf_counter() - start
             task = bar.add_task(f"{method}: what its heads do", total=None)
             _keep(folder, evidence, method, scores, chunks, seconds)
             bar.remove_task(task)
             typer.echo(f"{method}: {seconds:.1f} s")
+        if not together.first:
+            return
         if prompts and prompts[0].answer is not None and not (folder.path / "answers.parquet").is_file():
             task = bar.add_task("answers", total=len(whole))
             write_parquet(folder.path / "answers.parquet", answers_of(lens, whole, lambda task=task: bar.advance(task)))
     source = asdict(Provenance.here({}, seed=settings.seed))
-    device = str(next(lens.model.parameters()).device)
+    device = str(lens.input_device)
     dtype = str(lens.dtype).removeprefix("torch.")
     about: dict[str, Any] = {"device": device, "dtype": dtype, "class": type(lens.model).__name__}
     if words is not None:
         about["keyword tokens"] = words.report()
     folder.note(provenance=source, model=about, left_out={**folder.record.get("left_out", {}), **evidence.reasons})
+
+
+def _say_cost(lens: "Lens", chunks: "list[Chunk]", prompts: int) -> None:
+    """What a pass over the prompts takes, and whether a batch fits.
+
+    Raises:
+        InputError: not even one prompt fits.
+    """
+    from interp.cli.tracing.cost import duration
+    from interp.errors import InputError
+    from interp.estimate import size
+
+    try:
+        found = lens.estimate(chunks[0].batch, "z")
+    except InputError:  # images that are packed over samples
+        return
+    rows, seconds = found.check(), found.seconds / found.samples * prompts
+    typer.echo(
+        f"a pass over {prompts} prompts takes about {duration(seconds)}; reading "
+        f"the heads of a batch takes {size(found.peak)} of {size(found.free)} free on {found.device}"
+        + ("." if rows == found.samples else f": lower --batch-size to {rows}.")
+    )
 
 
 def _check(lens: "Lens", folder: RunFolder, missing: Sequence[str]) -> "Keywords | None":

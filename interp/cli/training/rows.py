@@ -27,7 +27,7 @@ def begun(
 def jobs_of(kind: str, settings: Any, stream: ActivationStream) -> dict[str, Job]:
     """The dictionaries by name, such as `resid_post.10-topk-k32`, on the model's device."""
     jobs = {}
-    device = next(stream.lens.model.parameters()).device
+    device = stream.lens.input_device
     asked = dict.fromkeys(read for pair in settings.reads(kind) for read in pair if read is not None)
     named = dict(zip(asked, stream.reads, strict=True))  # layers from the end have their number there
     for one, other in settings.reads(kind):
@@ -44,7 +44,7 @@ def jobs_of(kind: str, settings: Any, stream: ActivationStream) -> dict[str, Job
 
 def source_of(settings: Any, stream: ActivationStream, processes: "Processes", say: Any) -> "Source[Rows]":
     """Batches of this process: mixed from the stream, or from the store where one is named."""
-    device, world = next(stream.lens.model.parameters()).device, processes.world
+    device, world = stream.lens.input_device, processes.world
     # On a CPU a thread that reads ahead would take the cores of the training.
     ahead = Prefetch(stream) if device.type == "cuda" else stream
     if settings.store is None:
