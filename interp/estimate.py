@@ -283,8 +283,9 @@ def row_bytes(lens: Lens, columns: int, keys: int, sources: int = 0) -> int:
     most = 0
     for layer in tower.layers:
         weight = getattr(layer.down_proj, "weight", None)
-        plain = isinstance(weight, Tensor) and weight.is_floating_point()
-        wide = weight.numel() // tower.d_model if plain else 0
+        wide = 0
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            wide = weight.numel() // tower.d_model
         each = columns * (8 * tower.d_model + 3 * max(wide, 4 * tower.d_model))
         for one in layer.attention.values():
             seen = sources if one.cross else keys
