@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -34,9 +35,11 @@ def bridged(name, *, processed=False):
         tokenizer = copy.deepcopy(tokenizer_of(name))
         tokenizer.save_pretrained(folder)
         tokenizer.init_kwargs["name_or_path"] = folder
-        bridge = TransformerBridge.boot_transformers(
-            type(model).__name__, hf_model=model, tokenizer=tokenizer, device="cpu"
-        )
+        # For a model with images it would install torchvision, and another torch with it, into the environment.
+        with mock.patch("subprocess.check_call", side_effect=OSError("nothing is installed")):
+            bridge = TransformerBridge.boot_transformers(
+                type(model).__name__, hf_model=model, tokenizer=tokenizer, device="cpu"
+            )
     if processed:
         bridge.enable_compatibility_mode(disable_warnings=True)
     return bridge

@@ -1,4 +1,4 @@
-"""The experiments on Lorsas, small: groups of runs, levels reached, rows of tables, drawn rows, the benchmark."""
+"""The experiments on Lorsas, small: groups of runs, levels that are reached, rows of tables, the benchmark."""
 
 import pandas as pd
 import pytest

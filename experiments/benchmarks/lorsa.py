@@ -6,7 +6,7 @@ A step is the loss of four sequences of 256 positions, its gradient, and Adam, w
 64, and the same first weights. Once with 72 QK heads of 64 that are trained, here and there; once here with one QK
 head for each of nine heads of a layer, frozen at them (`from_heads(...).freeze_qk()`). The peak is that of a step,
 above the weights and Adam's means. llamascopium (2.0.0b34) is no dependency, and holds transformer-lens below 4: put
-an environment of its own on PYTHONPATH to have it timed, or run this file in one with interp on PYTHONPATH.
+the packages of an environment of its own on PYTHONPATH to have it timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def weights(n_qk: int, length: int) -> Lorsa:
     return Lorsa(d_in=D_IN, n_qk=n_qk, n_ov=OV, d_qk=D_QK, k=K, rotary_dim=D_QK, context=length)
 
 
-def ours(n_qk: int, x: Tensor, y: Tensor, frozen: bool = False) -> tuple[torch.nn.Module, Step]:
+def ours(n_qk: int, x: Tensor, y: Tensor, frozen: bool = False) -> tuple[Lorsa, Step]:
     """A step of this package."""
     lorsa = weights(n_qk, x.shape[1]).train().freeze_qk(frozen)
     optimiser = torch.optim.Adam([p for p in lorsa.parameters() if p.requires_grad], lr=LR, fused=True)
@@ -92,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     random = torch.Generator().manual_seed(0)
     x, y = (torch.randn(options.sequences, options.length, D_IN, generator=random) for _ in range(2))
-    made = {
+    made: dict[str, tuple[torch.nn.Module, Step]] = {
         f"interp, {QK} QK heads": ours(QK, x, y),
         f"interp, {QK} QK heads, frozen": ours(QK, x, y, frozen=True),
         f"interp, {OWN} QK heads, frozen": ours(OWN, x, y, frozen=True),

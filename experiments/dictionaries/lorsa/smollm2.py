@@ -116,7 +116,7 @@ def sampled(store: ActivationStore, rule: lorsa.AttentionRule) -> Contexts:
 
 def reached(trained: Trained, name: str, level: float) -> int | None:
     """After how many tokens the FVU of new batches, a mean of some steps, is first below a level."""
-    rows = trained.metrics[trained.metrics["dictionary"] == name]
+    rows: Any = trained.metrics[trained.metrics["dictionary"] == name]
     below = rows[rows["fvu"].rolling(SMOOTHED).mean() < level]
     return int(below["tokens"].iloc[0]) if len(below) else None
 

@@ -143,7 +143,7 @@ def main(steps: Annotated[int, typer.Option(min=1)] = 1000, seeds: Annotated[int
         row: Row = {"seed": seed, "loss of repeated tokens": f"{second_loss(lens):.3f}"}
         for layer in range(2):
             for kind in ("previous", "induction"):
-                values = scores.extra[kind][layer] if kind in scores.extra else scores.values[layer]
+                values = scores.extra[kind][layer]
                 row[f"{kind}, heads of layer {layer}"] = " ".join(f"{v:.2f}" for v in values.tolist())
         tables["models"].append(row)
         for layer in range(2):
@@ -156,7 +156,7 @@ def main(steps: Annotated[int, typer.Option(min=1)] = 1000, seeds: Annotated[int
                 tables["Lorsas"].append(row)
     for name, rows in tables.items():
         show(name, rows)
-    about = {"steps": steps, "Lorsa steps": LORSA_STEPS, "heads": OV, "k": K, "seeds": seeds}
+    about: dict[str, Any] = {"steps": steps, "Lorsa steps": LORSA_STEPS, "heads": OV, "k": K, "seeds": seeds}
     about["minutes"] = round((time.process_time() - begin) / 60, 1)
     record("dictionaries", "lorsa_two_layers", about, tables, page="lorsa")
 
