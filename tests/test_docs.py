@@ -62,9 +62,15 @@ def test_examples_run(page, needs, tmp_path, monkeypatch, load_once):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(wrapping, "load", load_once)
     namespace = {"__name__": "__docs__"}
+    # A file of the examples alone, on the lines of the page: nnsight, once imported, reads and parses the
+    # file that calls `backward`.
+    lines: list[str] = []
     for line, code in python_of(page):
-        # Empty lines in front make the line numbers of a traceback those of the page.
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+        lines += [""] * (line - 1 - len(lines)) + code.splitlines()
+    script = tmp_path / f"{page.stem}_examples.py"
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for line, code in python_of(page):
+        exec(compile("\n" * (line - 1) + code, str(script), "exec"), namespace)
 
 
 def test_fences_are_of_known_kinds():
