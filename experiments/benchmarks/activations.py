@@ -209,8 +209,8 @@ def mixing(rows: int, batch: int, context: int, passes: int) -> dict:
     }
     try:
         from sae_lens.training.mixing_buffer import mixing_buffer
-    except ImportError:
-        pass
+    except ImportError as error:
+        print(f"left out: SAELens ({error})")
     else:
         torch.manual_seed(0)
         source = (c.rows()["x"] for c in Numbered(total, context, passes))

@@ -370,9 +370,8 @@ def check_edit(edit: Edit, place: Place, old: Tensor, new: Any) -> None:
     if not isinstance(new, Tensor) or new.shape != old.shape:
         found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise EditError(f"{where} returned {found} instead of a tensor of shape {tuple(old.shape)}.")
-    if place[3] != "scores" and math.isfinite(
-        new.sum().item()
-    ):  # nearly always: the sum of finite numbers may overflow
+    # Nearly always this is all: only the sum of finite numbers that are huge overflows.
+    if place[3] != "scores" and math.isfinite(new.sum().item()):
         return
     bad = new.isnan() if place[3] == "scores" else ~new.isfinite()
     if bool(bad.any()) and bool((bad & old.isfinite()).any()):

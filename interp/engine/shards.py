@@ -76,7 +76,7 @@ def shards_of(module: nn.Module | None, axis: int = -1) -> Shards | None:
 
 def is_spread(tensor: Any) -> bool:
     """Whether a tensor is a DTensor: one that processes share."""
-    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "full_tensor")
+    return hasattr(tensor, "full_tensor")
 
 
 def spread(model: nn.Module) -> bool:
