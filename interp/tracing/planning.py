@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from interp.estimate import free_bytes
 from interp.lens import Lens
 
 # What calling a layer costs beside its tokens, counted in tokens: on a CPU about what reading its weights takes, on a
@@ -49,12 +49,9 @@ def limits_of(lens: Lens, rows: int | None, memory: int | None) -> Limits:
 
 def _free(device: torch.device) -> int:
     """Bytes for a pass: a part of the memory that is free where the model is, and no more than 2 GiB."""
+    free = free_bytes(device)
     if device.type == "cuda":
-        return min(8 * _MOST, torch.cuda.mem_get_info(device)[0] // 2)
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        free = _MOST
+        return min(8 * _MOST, free // 2)
     return min(_MOST, max(2**26, free // _SHARE))
 
 
