@@ -1,9 +1,11 @@
 """Sweeps of patches against the loop that makes one whole run for each cell, written here without the engine's help."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import interp
 from interp import edits
@@ -281,6 +283,35 @@ def test_images_and_groups_with_gaps_equal_the_loop(name):
     for i, (number, layer, head, _) in enumerate(last.cells.tolist()):
         logits = naive(lens, clean, corrupt, last.sites[number], [layer], clean.span("last"), head)[:, -1]
         torch.testing.assert_close(last.values[i], logits[:, 11] - logits[:, 13], atol=2e-5, rtol=1e-4)
+
+
+def test_a_forward_without_a_cache(llama, pair):
+    """Every column is computed anew, and the numbers are those of the model that keeps keys; a cache is refused."""
+
+    class Keyless(LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, position_ids=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(input_ids, attention_mask, position_ids, use_cache=False)
+
+    model = copy.deepcopy(build("llama"))
+    model.__class__ = Keyless
+    lens = interp.wrap(model)
+    with pytest.raises(UnsupportedError, match=r"Keyless keeps no keys and values: its forward takes no past_key_val"):
+        lens.run(pair[0], "resid_pre.0", cache=True)
+    for site in ("resid_pre", "k", "mlp_out"):
+        one, two = (patch_sweep(x, *pair, sites=[site], min_gap=0.0, **ANSWERS) for x in (lens, llama))
+        assert one.settings["way"] == two.settings["way"] == "carried"
+        torch.testing.assert_close(one.values, two.values, atol=1e-5, rtol=0, equal_nan=True)
+
+
+def test_a_forward_that_ignores_the_cache():
+    """GPT-1 takes any keyword and keeps nothing."""
+    sizes = {"vocab_size": 140, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    lens = interp.wrap(OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)).eval())
+    source, base = (lens.prepare(input_ids=ids[:1]) for ids in (IDS, OTHER))
+    found = patch_sweep(lens, source, base, sites=["resid_post"], answers=[120], wrong=[130], min_gap=0.0)
+    for cell, value in zip(found.cells, found.values[:, 0], strict=True):
+        logits = naive(lens, source, base, "resid_post", cell.layers, column(base, cell.position))
+        torch.testing.assert_close(difference(logits, base.mask, [120], [130])[0], value, atol=1e-5, rtol=0)
 
 
 def test_keys_of_the_encoder():

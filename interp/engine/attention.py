@@ -223,7 +223,8 @@ def finished(
     width, scaling = call.query.shape[-1], call.options.get("scaling")
     scores *= width**-0.5 if scaling is None else scaling
     cap = call.options.get("softcap")
-    if cap:
+    # Releases of transformers that let Gemma 2 run under sdpa leave the cap out there; later ones refuse.
+    if cap and implementation_of(call.module) != "sdpa":
         scores = torch.tanh(scores / cap) * cap
     bias = call.options.get("position_bias")
     if bias is not None:

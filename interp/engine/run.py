@@ -67,6 +67,11 @@ def run(
     if few and "logits_to_keep" in takes:
         inputs["logits_to_keep"] = 1
     key_values = inputs.get("past_key_values")
+    if cache and not takes & {"past_key_values", "kwargs"}:
+        raise UnsupportedError(
+            f"{type(model).__name__} keeps no keys and values: its forward takes no past_key_values (it takes "
+            f"{', '.join(sorted(takes))}). Run it without cache=True."
+        )
     if cache:
         from transformers import DynamicCache, EncoderDecoderCache
 

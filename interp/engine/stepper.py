@@ -27,6 +27,7 @@ from interp.engine.recorder import Recorder, Stop
 from interp.engine.run import enter_inputs, evaluating, parameters_of, plain_attention
 from interp.engine.shared import SharedPrefix, Unfit
 from interp.errors import InputError, UnsupportedError
+from interp.reads import Read
 
 _PROBES = 5, 7
 """Two numbers of rows: the axis of an argument that follows them is its row axis."""
@@ -73,9 +74,9 @@ class Stepper:
         """
         if not 0 <= start < self.batch.mask.shape[1]:
             raise InputError(f"start {start} is no column of a batch that has {self.batch.mask.shape[1]}.")
-        return Rows(self, samples, start, self._noted(samples, start), self._axes(start))
+        return Rows(self, samples, start, self._noted(samples, start))
 
-    def _axes(self, start: int) -> list[dict[tuple, int]]:
+    def axes(self, start: int) -> list[dict[tuple, int]]:
         """For each layer, the row axis of every tensor that it is given."""
         if start not in self._known:
             # The most padded samples first: for rows without any padding a model may do without a mask.
@@ -128,11 +129,8 @@ class Stepper:
 class Rows:
     """Some rows of a stepper, behind one column. Made by `Stepper.rows`."""
 
-    def __init__(
-        self, stepper: Stepper, samples: Tensor, start: int, noted: list[Arguments], axes: list[dict[tuple, int]]
-    ) -> None:
-        self.stepper, self.samples, self.start = stepper, samples, start
-        self._noted, self._axes = noted, axes
+    def __init__(self, stepper: Stepper, samples: Tensor, start: int, noted: list[Arguments]) -> None:
+        self.stepper, self.samples, self.start, self._noted = stepper, samples, start, noted
 
     def step(
         self,
@@ -157,10 +155,32 @@ class Rows:
         shared = None if edits or keys is not None else self._shared(own, stream)
         if shared is not None:
             try:
-                return self._call(own, stream, (), shared.attend, None, joined=False)
+                return self._call(own, stream, None, shared.attend, None, joined=False)
             except Unfit:
                 self.stepper.joins = True
-        return self._call(own, stream, edits, None, keys)
+        recorder = self._recorder((), edits) if edits else None
+        out = self._call(own, stream, recorder, None, keys)
+        if recorder is not None:
+            recorder.finish()
+        return out
+
+    def read(
+        self, layer: int, stream: Float[Tensor, "row pos d_model"], site: str, edits: Sequence[Edit] = ()
+    ) -> Tensor:
+        """What a site of a layer holds, at all positions; what follows it in the layer is not computed.
+
+        Args:
+            layer: its index.
+            stream: what enters it, as in `step`.
+            site: the site's name.
+            edits: changes inside the layer, up to the site.
+        """
+        wanted = Read(site, layers=(layer,))
+        recorder = self._recorder((wanted,), edits)
+        recorder.stop = True
+        with suppress(Stop):
+            self._call(self.stepper.layers[layer], stream, recorder, None, None)
+        return recorder.finish()[0][wanted, layer]
 
     def keys(self, layer: int, stream: Float[Tensor, "row pos d_model"]) -> Keys | None:
         """The keys and values [row, kv_head, pos, d] of a layer, those of the prefix in front; None if out of reach.
@@ -176,7 +196,7 @@ class Rows:
         if "attn" not in own.attention or self.stepper.numbers[layer] is None or self.stepper.prefix is None:
             return None
         with suppress(Stop):
-            self._call(own, stream, (), see, None)
+            self._call(own, stream, None, see, None)
         fits = len(found) == 1 and found[0][0].shape[2] == self.start + stream.shape[1]
         return found[0] if fits else None
 
@@ -184,13 +204,12 @@ class Rows:
         self,
         own: Layer,
         stream: Tensor,
-        edits: Sequence[Edit],
+        recorder: Recorder | None,
         attend: Handler | None,
         keys: Keys | None,
         *,
         joined: bool = True,
     ) -> Tensor:
-        stepper = self.stepper
         args, kwargs = self._given(own, len(stream), joined, keys)
         key = own.in_key if not isinstance(own.in_key, int) or own.in_key < len(args) else "hidden_states"
         if isinstance(key, int):
@@ -200,18 +219,15 @@ class Rows:
         with ExitStack() as stack:
             stack.enter_context(evaluating(own.module))
             stack.enter_context(torch.no_grad())
-            recorder = None
             if attend is not None:
                 stack.enter_context(tapped({own.attention["attn"].module: attend}))
-            if edits:
-                recorder = Recorder(
-                    make_plan(stepper.anatomy, (), edits), stepper.anatomy, stepper.batch, offset=self.start
-                )
+            if recorder is not None:
                 stack.enter_context(attached(recorder))
-            out = stream_of(own.module(*args, **kwargs), own.out_path)
-        if recorder is not None:
-            recorder.finish()
-        return out.to(stream.device)
+            return stream_of(own.module(*args, **kwargs), own.out_path).to(stream.device)
+
+    def _recorder(self, reads: Sequence[Read], edits: Sequence[Edit]) -> Recorder:
+        anatomy, batch = self.stepper.anatomy, self.stepper.batch
+        return Recorder(make_plan(anatomy, reads, edits), anatomy, batch, offset=self.start)
 
     def _shared(self, layer: Layer, stream: Tensor) -> SharedPrefix | None:
         """The keys and values before the rows' own, where it pays not to copy them for each row."""
@@ -229,7 +245,8 @@ class Rows:
     def _given(self, layer: Layer, count: int, joined: bool, keys: Keys | None) -> Arguments:
         """The layer's arguments for the first rows; `joined` says whether keys before their own are among them."""
         args, kwargs = self._noted[layer.index]
-        axes = self._axes[layer.index]
+        # Which axis the rows are is asked only where fewer are wanted: it takes two more forward calls.
+        axes = {} if count == len(self.samples) else self.stepper.axes(self.start)[layer.index]
         cache: list[Any] = []
 
         def some(path: tuple, value: Any) -> Any:

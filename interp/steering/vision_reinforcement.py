@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -151,23 +152,30 @@ def vision_heads(
     unseen = _Last(lens, blind.batch, blind.edits, wanted[0])
     shape = (len(batch), *valid.shape)
     chosen, divergence = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
-    for layer in range(wanted[0], wanted[-1] + 1):
-        if layer not in wanted:
-            seen.up(layer)
-            unseen.up(layer)
-            continue
-        one, two = seen.heads(layer), unseen.heads(layer)
-        found, _ = ruled(one, two, form, outliers)
-        # Where a layer's window does not reach the image, nothing but rounding is left: no head is chosen by that.
-        found = found.masked_fill(
-            (one - two).norm(dim=-1) <= ROUNDING * torch.finfo(one.dtype).eps * one.norm(dim=-1), 0
-        )
+    factors: dict[int, Tensor] = {}
+
+    def pick(layer: int, one: Tensor, two: Tensor) -> None:
+        """Choose heads of a layer by their outputs with and without the image."""
+        found = _divergence(one, two, form, outliers)
         picked = found > found.quantile(0.5, dim=1, keepdim=True)
-        factor = torch.where(picked, float(scale), 1.0)
-        seen.up(layer, factor)
-        unseen.up(layer, factor)
+        factors[layer] = torch.where(picked, float(scale), 1.0)
         at = (slice(None), layer, slice(counts[layer]))
         chosen[at], divergence[at] = picked.cpu(), found.float().cpu()
+
+    def louder(layer: int, one: Tensor, z: Tensor) -> Tensor:
+        pick(layer, one, z[:, 0])
+        return z * factors[layer][:, None, :, None].to(z.dtype)
+
+    for layer in range(wanted[0], wanted[-1]):
+        if layer not in wanted:
+            unseen.up(layer)
+            seen.up(layer)
+            continue
+        # The branch without the image chooses on its way up; the other one follows.
+        one = seen.heads(layer)
+        unseen.up(layer, splice(partial(louder, layer, one), site="z", layers=layer))
+        seen.up(layer, scale_heads(factors[layer], layers=layer))
+    pick(wanted[-1], seen.heads(wanted[-1]), unseen.heads(wanted[-1]))
     device = batch.mask.device
     prefix = seen.prefix if lens.prefix_refusal is None else None
     return VisionHeads(chosen.to(device), wanted, divergence.to(device), lens.name, prefix)
@@ -219,6 +227,16 @@ def _checked(lens: Lens, layers: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
+def _divergence(
+    one: Float[Tensor, "batch head d_head"], two: Float[Tensor, "batch head d_head"], form: Form, outliers: Outliers
+) -> Float[Tensor, "batch head"]:
+    """How far the heads' outputs with and without the image are apart, the outlying ones at zero."""
+    found, _ = ruled(one, two, form, outliers)
+    # Where a layer's window does not reach the image, nothing but rounding is left: no head is chosen by that.
+    rounding = ROUNDING * torch.finfo(one.dtype).eps
+    return found.masked_fill((one - two).norm(dim=-1) <= rounding * one.norm(dim=-1), 0)
+
+
 class _Last:
     """The last position of a batch on its way up, layer by layer, behind the keys and values of the prompt."""
 
@@ -234,22 +252,11 @@ class _Last:
 
     def heads(self, layer: int) -> Float[Tensor, "batch head d_head"]:
         """The outputs of a layer's heads as they are."""
-        seen: list[Tensor] = []
+        return self.rows.read(layer, self.stream, "z", self._own(layer))[:, 0]
 
-        def look(z: Tensor) -> Tensor:
-            seen.append(z)
-            return z
-
-        self.rows.step(layer, self.stream, [*self._own(layer), *splice(look, site="z", layers=layer)])
-        return seen[0][:, 0]
-
-    def up(self, layer: int, factor: Float[Tensor, "batch head"] | None = None) -> None:
-        """Through a layer, its heads' outputs times the factor."""
-        if factor is None:
-            self.stream = self.rows.step(layer, self.stream, self._own(layer))
-            return
-        edits = [*self._own(layer), *scale_heads(factor, layers=layer)]
-        self.stream = self.rows.step(layer, self.stream, edits)
+    def up(self, layer: int, edits: Sequence[Edit] = ()) -> None:
+        """Through a layer, with edits."""
+        self.stream = self.rows.step(layer, self.stream, [*self._own(layer), *edits])
 
     def _own(self, layer: int) -> list[Edit]:
         """What hides the image in this layer, if that is how it is taken away."""

@@ -10,7 +10,7 @@ from interp.errors import UnsupportedError
 from interp.reads import Positions, Read
 from interp.tracing.metrics import columns_of
 from interp.tracing.pair import Pair
-from interp.tracing.reach import first_columns
+from interp.tracing.reach import first_columns, keeps_keys
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
@@ -52,7 +52,7 @@ class BaseRun:
         end = Read("resid_post", layers=(last,), positions=self.where)
         self.columns, self.measured = columns_of(pair.measure, pair.base), pair.measured
         # A state by layer, which recurrent layers keep, is of no use for columns.
-        cache = not any("mixer" in x.branches for x in pair.layers)
+        cache = not any("mixer" in x.branches for x in pair.layers) and keeps_keys(lens, pair.base)
         self.input = Read("resid_pre", layers=(0,))
         run = lens.run(
             pair.base, [streams, end, self.measured, self.input], pair.base_edits, cache=cache, to=touched.device

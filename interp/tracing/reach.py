@@ -17,19 +17,23 @@ from interp.reads import Read
 
 Kind = tuple[str, ...]
 _CAUSAL: WeakKeyDictionary[Lens, dict[Kind, bool]] = WeakKeyDictionary()
-"""For each model and kind of batch, whether every position sees what is before it only: looked at once."""
+"""For each model and kind of batch, whether every position sees what is before it only, and under `keys` whether keys
+and values are kept: looked at once."""
 
 
 def first_columns(lens: Lens, batch: Batch) -> Int[Tensor, "batch pos"]:
     """For each column, the first one that differs when it and any columns behind it are changed.
 
     That is the column itself where attention is causal; 0 up to the end of what is seen in both directions (images, a
-    prompt), and everywhere in towers that see everything, or carry a state that is not kept by column.
+    prompt), and everywhere in towers that see everything, carry a state that is not kept by column, or keep no keys and
+    values, behind which later columns could be computed alone.
     """
     size, width = batch.mask.shape
     columns = torch.arange(width, device=batch.mask.device).expand(size, width)
     tower = lens.anatomy.towers[lens.anatomy.main]
     if any("mixer" in layer.branches for layer in tower.layers) or not _is_causal(lens, batch):
+        return torch.zeros_like(columns)
+    if not keeps_keys(lens, batch):
         return torch.zeros_like(columns)
     known, marks = _CAUSAL.setdefault(lens, {}), [n for n in batch.inputs if n.endswith("token_type_ids")]
     if batch.image_mask is None and not marks:
@@ -51,6 +55,20 @@ def first_columns(lens: Lens, batch: Batch) -> Int[Tensor, "batch pos"]:
     known[kind] = not bool(both.any())
     last = torch.where(both, columns, -1).amax(1, keepdim=True)
     return torch.where(columns <= last, 0, columns)
+
+
+def keeps_keys(lens: Lens, batch: Batch) -> bool:
+    """Whether a run leaves the keys and values of its layers behind, as one sample shows."""
+    known = _CAUSAL.setdefault(lens, {})
+    if ("keys",) not in known:
+        with suppress(InputError):  # images that are packed over samples
+            batch = batch[int(batch.lengths.argmax())]
+        try:
+            cache = lens.run(batch, Read("resid_pre", layers=(0,)), cache=True).cache
+        except UnsupportedError:
+            cache = None
+        known["keys",] = cache is not None and cache.key_values.get_seq_length() > 0
+    return known["keys",]
 
 
 def _is_causal(lens: Lens, batch: Batch) -> bool:
