@@ -318,6 +318,8 @@ def attention_pattern(
 
 def mix_values(pattern: Float[Tensor, "batch head n key"], call: AttentionCall) -> Float[Tensor, "batch n head d"]:
     """`pattern @ v` in the form in which attention functions return it."""
-    groups = pattern.shape[1] // call.value.shape[1]
-    v = call.value.repeat_interleave(groups, dim=1) if groups > 1 else call.value
-    return (pattern.to(v.dtype) @ v).transpose(1, 2).contiguous()
+    v, shape = call.value, pattern.shape
+    if shape[1] != v.shape[1]:
+        # The heads that share values are put behind one another, so that no value is copied.
+        pattern = pattern.reshape(shape[0], v.shape[1], -1, shape[-1])
+    return (pattern.to(v.dtype) @ v).view(*shape[:3], -1).transpose(1, 2).contiguous()

@@ -366,7 +366,7 @@ class _LayerHooks:
                 return self._some_rows(call, places, delegate, chosen)
         before = attention_scores(call)
         scores = self.recorder.visit(places["scores"], before) if "scores" in places else before
-        plain = attention_pattern(scores, call)
+        plain = attention_pattern(scores, call, closed=call.mask is not None or scores is not before)
         pattern = self.recorder.visit(places["pattern"], plain) if "pattern" in places else plain
         if scores is before and pattern is plain:
             return delegate(call)
@@ -387,7 +387,7 @@ class _LayerHooks:
         before = attention_scores(call, None, rows)
         with self.recorder.narrowed(rows):
             scores = self.recorder.visit(places["scores"], before) if "scores" in places else before
-            plain = attention_pattern(scores, call)
+            plain = attention_pattern(scores, call, closed=call.mask is not None or scores is not before)
             pattern = self.recorder.visit(places["pattern"], plain) if "pattern" in places else plain
         if scores is before and pattern is plain:
             return out, weights
@@ -458,7 +458,7 @@ def fused_attention(
 def _edited(raw: Tensor, term: Tensor, total: Tensor, new: Tensor, factor: Any, place: Place) -> Tensor:
     """What a module has to return so that its branch becomes `new`."""
     if factor is None and term is total:
-        return new.reshape(raw.shape)
+        return new if new.shape == raw.shape else new.reshape(raw.shape)
     change = new - total
     if factor is not None:
         f = torch.as_tensor(factor, device=change.device, dtype=change.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from interp.batch import Batch, Selection, select
 from interp.edits import Edit, Where
 from interp.engine.anatomy import Anatomy
-from interp.engine.plan import Place, Plan, ReadAt
+from interp.engine.plan import ATTENTION_CALL, Place, Plan, ReadAt
 from interp.errors import EditError, HookError, InputError, NonFiniteError
 from interp.reads import Read
 from interp.sites import SITES
@@ -264,14 +264,9 @@ class Recorder:
         self, place: Place, positions: Any, heads: tuple[int, ...] | None, value: Tensor
     ) -> tuple[Tensor, Chosen | None]:
         """The selected part of a value, and the selection (None for all positions)."""
-        tower, _, _, site = place
-        position, head = self._axes(site)
-        if head is not None and heads is not None:
-            value = value.index_select(head, torch.tensor(heads, device=value.device))
-        chosen = self.selection(positions, tower, value.shape[0], value.shape[position], value.device)
-        if chosen is None:
-            return value, None
-        return gather_positions(value, chosen, position), chosen
+        position, head = self._axes(place[3])
+        chosen = self.selection(positions, place[0], value.shape[0], value.shape[position], value.device)
+        return selected(value, chosen, heads, position, head), chosen
 
     def keep_part(self, at: ReadAt, place: Place, part: Tensor, chosen: Chosen | None) -> None:
         """Pad, reduce and store the selected part of a value, without its graph, on the device asked for."""
@@ -315,21 +310,27 @@ class Recorder:
         return torch.stack(new, 1).flatten(0, 1)
 
     def _edit(self, place: Place, edit: Edit, heads: tuple[int, ...] | None, value: Tensor, copy: int = 0) -> Tensor:
-        part, chosen = self.take(place, edit.read.positions, heads, value)
-        position, head = self._axes(place[3])
-        if part.shape[position] == 0:
+        tower, _, layer, site = place
+        position, head = self._axes(site)
+        size, width, start = value.shape[0], value.shape[position], self._start(tower)
+        chosen = self.selection(edit.read.positions, tower, size, width, value.device)
+        if width == 0 or (chosen is not None and chosen.index.shape[1] == 0):
             return value
         if chosen is None:
-            columns, valid = self._columns(self._start(place[0]), part.shape[0], part.shape[position], value.device)
+            columns, valid = self._columns(start, size, width, value.device)
         else:
-            columns, valid = chosen.index + self._start(place[0]), chosen.valid
+            columns, valid = chosen.index + start, chosen.valid
+        part = selected(value, chosen, heads, position, head)
         named = heads if heads is not None or head is None else tuple(range(value.shape[head]))
-        keys = self.keys_mask(edit, place, part.shape[0], value.shape[position], part.shape[-1], value.device)
-        new = edit.change(part, Where(place[2], columns, valid, named, keys, copy))
+        keys = edit.keys
+        if keys is not None:
+            keys = self.keys_mask(edit, place, size, width, part.shape[-1], value.device)
+        new = edit.change(part, Where(layer, columns, valid, named, keys, copy))
         if new is part:
             return value
         check_edit(edit, place, part, new)
-        if not self.with_graph and torch.equal(new, part):
+        # What changed nothing spares a new attention: the kernel's own result stays. Elsewhere it is put back as it is.
+        if site in ATTENTION_CALL and not self.with_graph and torch.equal(new, part):
             return value
         return put_back(value, new, chosen, heads, position, head)
 
@@ -418,6 +419,15 @@ def check_no_nan(tensor: Tensor, read: Read, layer: int) -> None:
         raise NonFiniteError(f"{read} of layer {layer} holds NaN, first at index {place}; the model itself made it.")
 
 
+def selected(
+    value: Tensor, chosen: Chosen | None, heads: tuple[int, ...] | None, position: int, head: int | None
+) -> Tensor:
+    """Some heads and columns of a value; the value itself where that is all of them."""
+    if head is not None and heads is not None:
+        value = value.index_select(head, _index(heads, value))
+    return value if chosen is None else gather_positions(value, chosen, position)
+
+
 def gather_positions(value: Tensor, chosen: Chosen, axis: int) -> Tensor:
     """The chosen columns of `value` along `axis`; always a copy."""
     index, span = chosen.index, chosen.span
@@ -434,7 +444,8 @@ def put_back(
     value: Tensor, new: Tensor, chosen: Chosen | None, heads: tuple[int, ...] | None, position: int, head: int | None
 ) -> Tensor:
     """`value` with its selected part replaced."""
-    new = new.to(value.dtype)
+    if new.dtype != value.dtype:
+        new = new.to(value.dtype)
     if chosen is None and heads is None:
         return new
     target = value if heads is None or head is None else value.index_select(head, _index(heads, value))

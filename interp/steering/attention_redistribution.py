@@ -103,8 +103,8 @@ def attention_redistribution(
     behind = batch.mask & (columns > (image.long() * columns).amax(1, keepdim=True))
     if not bool(behind.any(1).all()):
         raise InputError(f"nothing stands behind the image of sample {int((~behind.any(1)).nonzero()[0])}.")
-    state = _Sinks(image, found, limit, batch.mask)
     rule = _Rule(rho, mass, p, form)
+    state = _Sinks(image, found, limit, batch.mask, rule)
 
     def change(value: Tensor, where: Where) -> Tensor:
         return rule(value, state.at(where.layer, value.shape[-1]))
@@ -118,31 +118,43 @@ def attention_redistribution(
     return edits
 
 
+@dataclass(frozen=True, slots=True)
 class _Rule:
     """Which heads and queries are changed, and how."""
 
-    def __init__(self, rho: float, mass: float, p: float, form: Form) -> None:
-        self.rho, self.mass, self.p, self.form = rho, mass, p, form
+    rho: float
+    mass: float
+    p: float
+    form: Form
+
+    def kinds(self, image: Bool[Tensor, "batch key"], sinks: Bool[Tensor, "batch key"], dtype: torch.dtype) -> _Kinds:
+        """What the rule has to know of the keys of the prompt, in one layer."""
+        able = (image & sinks).any(1, keepdim=True)
+        seen, free = image & able, image & ~sinks & able
+        shares = torch.stack([seen, free, free, sinks], -1).to(dtype)
+        shares[..., 1] -= self.rho * shares[..., 0]
+        shares[..., 3] *= 1 - self.p
+        base = 1 - shares[..., 3]
+        least = shares.new_tensor([self.mass, 0, torch.finfo(dtype).tiny])
+        return _Kinds(shares, base[:, None, None], free[:, None, None].to(dtype), least)
 
     def __call__(
         self, value: Float[Tensor, "batch head query key"], kinds: _Kinds
     ) -> Float[Tensor, "batch head query key"]:
         """The changed probabilities, or their logits; keys behind the prompt keep theirs."""
-        prompt = kinds.shares.shape[1]
+        prompt = kinds.base.shape[-1]
         pattern = value if self.form == "pattern" else torch.softmax(value, -1)
-        sums = pattern[..., :prompt].flatten(1, 2) @ kinds.shares.to(pattern.dtype)
-        seen, free, sunk = sums.unflatten(1, pattern.shape[1:3]).split(1, -1)
-        centric = kinds.able & (seen >= self.mass) & (free >= self.rho * seen) & (free > 0)
+        sums = (pattern[..., :prompt].flatten(1, 2) @ kinds.shares).view(*pattern.shape[:3], -1)
+        centric = (sums[..., :3] >= kinds.least).all(-1, keepdim=True)
         if not bool(centric.any()):
             return value
-        _, plain, sinks = kinds.shares.to(pattern.dtype)[:, None, None].unbind(-1)
-        ratio = (1 - self.p) * sunk / free.clamp_min(1e-30)
-        factor = torch.where(centric, 1 + (self.p - 1) * sinks + ratio * plain, 1.0)
+        ratio = sums[..., 3:] / sums[..., 2:3].clamp_min(1e-30)
+        factor = torch.where(centric, torch.addcmul(kinds.base, ratio, kinds.free), 1.0)
         new = value.clone()
         if self.form == "pattern":
-            new[..., :prompt] *= factor
+            new[..., :prompt].mul_(factor)
         else:
-            new[..., :prompt] += factor.log()
+            new[..., :prompt].add_(factor.log())
         return new
 
 
@@ -151,21 +163,31 @@ class _Kinds:
     """What the keys of the prompt are, in one layer.
 
     Attributes:
-        shares: whether each is of the image, of the image and no sink, a sink.
-        able: whether a sink lies in the image.
+        shares: what the four sums of a row give each key: attention on the image, how far that on free image tokens is
+            above `rho` of it, on free ones (both zero in a sample without a sink in its image), and what sinks lose.
+        base: the factor of each key before free ones are given what sinks lose.
+        free: which keys are free image tokens.
+        least: the first three sums of a row that is changed.
     """
 
-    shares: Float[Tensor, "batch key 3"]
-    able: Bool[Tensor, "batch 1 1 1"]
+    shares: Float[Tensor, "batch key 4"]
+    base: Float[Tensor, "batch 1 1 key"]
+    free: Float[Tensor, "batch 1 1 key"]
+    least: Float[Tensor, " 3"]
 
 
 class _Sinks:
     """The sinks of every layer, noticed while the prompt goes through."""
 
     def __init__(
-        self, image: Bool[Tensor, "batch pos"], dimensions: Sequence[int], tau: float, mask: Bool[Tensor, "batch pos"]
+        self,
+        image: Bool[Tensor, "batch pos"],
+        dimensions: Sequence[int],
+        tau: float,
+        mask: Bool[Tensor, "batch pos"],
+        rule: _Rule,
     ) -> None:
-        self.image, self.dimensions, self.tau, self.mask = image, dimensions, tau, mask
+        self.image, self.dimensions, self.tau, self.mask, self.rule = image, dimensions, tau, mask, rule
         self.found: dict[int, _Kinds] = {}
 
     def notice(self, stream: Float[Tensor, "batch pos d_model"], where: Where) -> Tensor:
@@ -173,9 +195,8 @@ class _Sinks:
         if stream.shape[1] == self.mask.shape[1]:
             mask, image = (x.to(stream.device) for x in (self.mask, self.image))
             sinks = (sink_size(stream, self.dimensions) > self.tau) & mask
-            shares = torch.stack([image, image & ~sinks, sinks], -1)
-            able = (image & sinks).any(1)[:, None, None, None]
-            self.found[where.layer] = _Kinds(shares.to(torch.promote_types(stream.dtype, torch.float32)), able)
+            dtype = torch.promote_types(stream.dtype, torch.float32)
+            self.found[where.layer] = self.rule.kinds(image, sinks, dtype)
         return stream
 
     def at(self, layer: int, keys: int) -> _Kinds:

@@ -123,8 +123,9 @@ def _injection(
             before = carried[1]
         if before is not None and layer in aimed:
             mixed = torch.add(wide, before, alpha=strength)
-            kept, now = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide, mixed))
-            new = (mixed * (kept / now.clamp_min(1e-30))).to(value)
+            kept = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            now = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True).clamp_min(1e-30)
+            new = (mixed * (kept / now)).to(value.dtype)
         if layer in rate:
             own = rate[layer] * wide if before is None else torch.add(before, wide, alpha=rate[layer])
             every[where.copy] = layer, own

@@ -37,12 +37,17 @@ def default_tau(width: int) -> float:
 def relative_size(stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     """|x| / rms(x), in float32 or wider."""
     wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
-    return wide.abs() * (wide.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+    return wide.abs() * _over_rms(wide)
+
+
+def _over_rms(wide: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+    return (wide.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
 
 
 def sink_size(stream: Float[Tensor, "batch pos d_model"], dimensions: Sequence[int]) -> Float[Tensor, "batch pos"]:
     """phi of every token."""
-    return relative_size(stream)[..., list(dimensions)].amax(-1)
+    wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
+    return wide[..., list(dimensions)].abs().amax(-1) * _over_rms(wide)[..., 0]
 
 
 def sink_dimensions(lens: Lens, batch: Batch, *, tau: float | None = None, most: int = 4) -> tuple[int, ...]:
