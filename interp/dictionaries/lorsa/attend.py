@@ -75,13 +75,16 @@ def rotate(
     if not n:
         return x
     cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-    turned, rest = x[..., : 2 * n], x[..., 2 * n :]
     if pairing == "half":
-        a, b = turned[..., :n], turned[..., n:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-    a, b = turned[..., 0::2], turned[..., 1::2]
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    return torch.cat([turned, rest], -1)
+        a, b, *rest = x.split([n, n, x.shape[-1] - 2 * n] if x.shape[-1] > 2 * n else n, -1)
+        return torch.cat([*_turned(a, b, cos, sin), *rest], -1)
+    turned, *rest = x.split([2 * n, x.shape[-1] - 2 * n], -1) if x.shape[-1] > 2 * n else [x]
+    a, b = turned.unflatten(-1, (n, 2)).unbind(-1)
+    return torch.cat([torch.stack(_turned(a, b, cos, sin), -1).flatten(-2), *rest], -1)
+
+
+def _turned(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
 
 
 def scores_of(q: Float[Tensor, "... d"], k: Float[Tensor, "... d"], scale: float, softcap: float | None) -> Tensor:

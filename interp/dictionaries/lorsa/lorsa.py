@@ -156,21 +156,32 @@ class Lorsa(nn.Module):
             x: what the attention reads.
             positions: of each token; None where columns are positions.
         """
-        cfg = self.cfg
-        if x.shape[1] > cfg.context:
+        angles = self._angles(x, positions)
+        q, k = (self._looks(x, angles, *self._parts(name, self.cfg.n_qk)[0]) for name in "QK")
+        return q, k
+
+    def _angles(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        if x.shape[1] > self.cfg.context:
             raise InputError(
-                f"{x.shape[1]} positions are more than the context of {cfg.context} that this Lorsa knows."
+                f"{x.shape[1]} positions are more than the context of {self.cfg.context} that this Lorsa knows."
             )
         where = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
-        cos, sin = self.cos[where], self.sin[where]
-        out = []
-        for name in ("Q", "K"):
-            weight, bias = getattr(self, f"W_{name}"), getattr(self, f"b_{name}")
-            flat = _linear(x, weight.transpose(1, 2).reshape(-1, cfg.d_in), bias.flatten())
-            flat = flat.view(*x.shape[:2], cfg.n_qk, cfg.d_qk)
-            flat = normed(flat, getattr(self, f"{name.lower()}_gain"), cfg.qk_norm_eps) if cfg.qk_norm else flat
-            out.append(rotate(flat, cos, sin, cfg.rotary_pairing))
-        return out[0], out[1]
+        return self.cos[where], self.sin[where]
+
+    def _parts(self, name: str, step: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Weights, biases and gains of some queries' or keys' heads at a time."""
+        weights, biases = (getattr(self, f"{kind}_{name}").split(step) for kind in "Wb")
+        gains = getattr(self, f"{name.lower()}_gain").split(step) if self.cfg.qk_norm else [None] * len(weights)
+        return list(zip(weights, biases, gains, strict=True))
+
+    def _looks(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, gain: Tensor | None
+    ) -> Tensor:
+        """Queries or keys of some heads."""
+        flat = _linear(x, weight.transpose(1, 2).reshape(-1, self.cfg.d_in), bias.flatten())
+        flat = flat.view(*x.shape[:2], -1, self.cfg.d_qk)
+        flat = flat if gain is None else normed(flat, gain, self.cfg.qk_norm_eps)
+        return rotate(flat, *angles, self.cfg.rotary_pairing)
 
     def values(self, x: Float[Tensor, "*pos d_in"]) -> Float[Tensor, "*pos n_ov"]:
         """The scalar value of each OV head."""
@@ -210,14 +221,22 @@ class Lorsa(nn.Module):
             NonFiniteError: NaN or infinity in x at a real position.
         """
         x, real = self.checked(x, real, segments)
-        positions = positions_of(real, segments, x.shape[:2])
-        q, k = self.queries_keys(x, positions)
-        v = self.values(x).view(*x.shape[:2], self.cfg.n_qk, self.cfg.group)
+        angles = self._angles(x, positions_of(real, segments, x.shape[:2]))
+        seen = visible(x.shape[1], real=real, segments=segments, **self._sight(x))
+        n, group = self.cfg.n_qk, self.cfg.group
+        # Half of the QK heads at a time, so that no more gradients of queries, keys and values are there at once.
+        step = -(-n // 2) if torch.is_grad_enabled() else n
+        queries, keys = (self._parts(name, step) for name in "QK")
+        values = zip(self.W_V.split(step * group), self.b_V.split(step * group), strict=True)
         low = low_precision(x.device) or x.dtype
         options: dict[str, Any] = {"causal": self.cfg.causal, "scale": self.scale, "softcap": self.cfg.softcap}
-        seen = visible(x.shape[1], real=real, segments=segments, **self._sight(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return attend(q.to(low), k.to(low), v.to(low), seen, **options).flatten(2).to(x.dtype)
+        parts = []
+        for query, key, value in zip(queries, keys, values, strict=True):
+            q, k = (self._looks(x, angles, *one) for one in (query, key))
+            v = _linear(x, *value).view(*x.shape[:2], -1, group)
+            with torch.autocast(x.device.type, enabled=False):
+                parts.append(attend(q.to(low), k.to(low), v.to(low), seen, **options).flatten(2).to(x.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def encode(
         self,
