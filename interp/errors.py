@@ -48,6 +48,10 @@ class MissingPackageError(InterpError, ImportError):
     """A package that is needed for this is not installed; the message holds the command that installs it."""
 
 
+class RemoteError(InterpError, ConnectionError):
+    """A model was not run where its weights are; the message holds what the other library or NDIF says."""
+
+
 class FileError(InterpError, OSError):
     """A file is missing, damaged, or not what it claims to be."""
 

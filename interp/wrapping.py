@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from interp.backends import given
 from interp.lens import Lens
 
+if TYPE_CHECKING:
+    from interp.backends.remote import Remote
 
+
+@overload
 def wrap(
-    model: Any, processor: Any = None, *, name: str | None = None, sample: Mapping[str, Any] | None = None
-) -> Lens:
+    model: Any,
+    processor: Any = None,
+    *,
+    name: str | None = None,
+    sample: Mapping[str, Any] | None = None,
+    remote: Literal[False] = False,
+) -> Lens: ...
+@overload
+def wrap(
+    model: Any,
+    processor: Any = None,
+    *,
+    name: str | None = None,
+    sample: Mapping[str, Any] | None = None,
+    remote: Literal[True] | str,
+) -> Remote: ...
+def wrap(
+    model: Any,
+    processor: Any = None,
+    *,
+    name: str | None = None,
+    sample: Mapping[str, Any] | None = None,
+    remote: bool | str = False,
+) -> Lens | Remote:
     """Put a model under the lens; nothing in it is changed.
 
     Args:
@@ -23,12 +49,24 @@ def wrap(
             left out.
         name: what it is called in results.
         sample: inputs of one forward pass on which to find its parts; made from the configuration if left out.
+        remote: for an nnsight model, as in its `trace`: True reads it on NDIF, where its weights are and stay, and
+            gives a [`Remote`][interp.backends.remote.Remote]; `"local"` is nnsight's simulation of that; another
+            string is a host.
 
     Raises:
         InputError: it is no model of these kinds.
         UnsupportedError: the back end does not do what the model asks for; the message names it.
         AnatomyError: its parts were not found, or failed their proof.
     """
+    if remote:
+        from interp.backends.remote import Remote, hosted
+        from interp.backends.twin import twin_of
+
+        module, own = hosted(model)
+        name = name or getattr(model, "repo_id", None) or type(module).__name__
+        return Remote(
+            model, Lens(twin_of(module), own if processor is None else processor, name=name, sample=sample), remote
+        )
     found = given(model, processor)
     return Lens(found.model, found.processor, name=name, sample=sample, backend=found.backend)
 

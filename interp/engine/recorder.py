@@ -271,7 +271,7 @@ class Recorder:
     def keep_part(self, at: ReadAt, place: Place, part: Tensor, chosen: Chosen | None) -> None:
         """Pad, reduce and store the selected part of a value, without its graph, on the device asked for."""
         if not at.whole:
-            part = self._reduced(at.read, place, part, chosen)
+            part = self.reduced(at.read, place, part, chosen)
         if part.requires_grad:
             part = part.detach()
         if self.to is not None:
@@ -279,7 +279,7 @@ class Recorder:
             part = part.to(self.to, non_blocking=True)
         self.pieces.setdefault(at, []).append(part)
 
-    def _reduced(self, read: Read, place: Place, part: Tensor, chosen: Chosen | None) -> Tensor:
+    def reduced(self, read: Read, place: Place, part: Tensor, chosen: Chosen | None) -> Tensor:
         if chosen is not None and not chosen.uniform:
             keep = chosen.valid
         elif chosen is None and read.reduce in ("mean", "sum", "max"):

@@ -258,14 +258,12 @@ def _backward(
 
 def _logits(recorder: Recorder, read: Read, logits: Tensor, kept_last: bool) -> Tensor:
     if kept_last:
-        part, valid = logits[:, -1:], None
+        part = reduce_part(logits[:, -1:], read, 1, None)
     else:
         chosen = recorder.selection(read.positions, "model", logits.shape[0], logits.shape[1], logits.device)
         part = logits if chosen is None else gather_positions(logits, chosen, 1)
-        valid = None if chosen is None or chosen.uniform else chosen.valid
-        if valid is not None and read.reduce is None:
-            recorder.valid[read] = valid
-    part = reduce_part(part, read, 1, valid).detach()
+        part = recorder.reduced(read, ("model", "model", -1, "logits"), part, chosen)
+    part = part.detach()
     # A NaN of the stream fills its whole row, one of the unembedding its whole column: one of each is enough.
     if bool(part[..., 0].sum().isnan()) or bool(part.reshape(-1, part.shape[-1])[-1].sum().isnan()):
         check_no_nan(part, read, -1)
