@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -254,6 +255,28 @@ def test_gradients_of_chosen_heads_and_positions(lens, batch):
     whole = lens.run(batch, gradients=["z.1"], metric=lambda x: x[:, -1, 7]).gradient("z", 1)
     some = lens.run(batch, gradients=["z.1/2@last"], metric=lambda x: x[:, -1, 7]).gradient("z.1/2@last", 1)
     torch.testing.assert_close(some[:, 0, 0], whole[:, -1, 2])
+
+
+def test_threads_take_turns(lens, batch):
+    """Runs, generations and single layers in several threads are what they are one after the other."""
+    prefix = lens.run(batch, "resid_pre.0", cache=True).cache
+    left = lens.prepare(["The cat sat on the mat.", "A dog ran."], padding_side="left")
+    samples, start = torch.arange(2), batch.mask.shape[1] - 1
+
+    def work(i):
+        """A different read, edit and kind of run for each."""
+        off = edits.scale_heads(float(i), layers=1, heads=[i % 4])
+        if i % 3 == 2:
+            return lens.generate(left, off, max_new_tokens=4, min_new_tokens=4).sequences
+        if i % 3:
+            return lens.stepper(batch, prefix).rows(samples, start).step(1, torch.full((2, 1, 32), 0.1), off)
+        return lens.run(batch, ["pattern.2", "resid_post.1", "logits"], off).logits
+
+    wanted = [work(i) for i in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(work, list(range(24)) * 2))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted * 2, strict=True))
+    assert not hooks_of(lens.model)
 
 
 def test_towers_found_later_are_added():

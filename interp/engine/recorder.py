@@ -280,6 +280,7 @@ class Recorder:
         self.pieces.setdefault(at, []).append(part)
 
     def reduced(self, read: Read, place: Place, part: Tensor, chosen: Chosen | None) -> Tensor:
+        """The selected part of a value as the read reduces it, without padding."""
         if chosen is not None and not chosen.uniform:
             keep = chosen.valid
         elif chosen is None and read.reduce in ("mean", "sum", "max"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +85,7 @@ def run(
         inputs["use_cache"] = key_values is not None
     out: Any = None
     with ExitStack() as stack:
+        stack.enter_context(alone(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
         if gradients:
@@ -190,6 +193,14 @@ def positions_seen(model: nn.Module, anatomy: Anatomy) -> Iterator[dict[str, Ten
     finally:
         for handle in handles:
             handle.remove()
+
+
+_ALONE: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+def alone(model: nn.Module) -> RLock:
+    """The lock of a model: its hooks serve whatever runs it, so that one thread runs it at a time."""
+    return _ALONE.setdefault(model, RLock())
 
 
 @contextmanager
@@ -309,6 +320,7 @@ def generate(
     if beams > 1:
         _check_beams(recorder, reads, prefix)
     with ExitStack() as stack:
+        stack.enter_context(alone(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         watched = stack.enter_context(ExitStack())

@@ -24,7 +24,7 @@ from interp.engine.entry import Entry, Prefix, cropped, fork, handing_on
 from interp.engine.hooks import attached
 from interp.engine.plan import make_plan
 from interp.engine.recorder import Recorder, Stop
-from interp.engine.run import enter_inputs, evaluating, parameters_of, plain_attention
+from interp.engine.run import alone, enter_inputs, evaluating, parameters_of, plain_attention
 from interp.engine.shared import SharedPrefix, Unfit
 from interp.errors import InputError, UnsupportedError
 from interp.reads import Read
@@ -115,6 +115,7 @@ class Stepper:
         if "use_cache" in parameters_of(self.model) and (keys is not None or plain_attention(self.anatomy)):
             inputs["use_cache"] = keys is not None
         with ExitStack() as stack:
+            stack.enter_context(alone(self.model))
             stack.enter_context(evaluating(self.model))
             stack.enter_context(torch.no_grad())
             for layer in self.layers:
@@ -217,6 +218,7 @@ class Rows:
         else:
             kwargs[key] = stream
         with ExitStack() as stack:
+            stack.enter_context(alone(self.stepper.model))
             stack.enter_context(evaluating(own.module))
             stack.enter_context(torch.no_grad())
             if attend is not None:
