@@ -48,7 +48,7 @@ class Generation:
 class Lens:
     """A model under the lens: unchanged, with its parts found and proved.
 
-    Made by `interp.wrap` and `interp.load`.
+    Made by `interp.wrap` and `interp.load`. Threads take turns: a model is in one run at a time.
 
     Attributes:
         model: the transformers model that runs: the one that was given, or for another back end one on its parameters.
@@ -366,7 +366,7 @@ class Lens:
     ) -> Estimate:
         """What a run would take: bytes that come back, bytes at its peak, time, and how many samples fit at once.
 
-        One sample is run twice to take the time. `check()` of what is returned refuses what cannot fit.
+        One sample is run once, which gives the time. `check()` of what is returned refuses what cannot fit.
 
         Args:
             batch: from `prepare`, or how many prompts of how many tokens.
@@ -375,7 +375,7 @@ class Lens:
             to: device to keep the reads on.
 
         Raises:
-            InputError: the batch's images are packed over samples.
+            InputError: it cannot be told whose the batch's pictures are.
         """
         if not isinstance(batch, Batch):
             batch = self.prepare(input_ids=tokens(self.model.config, *batch))

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from interp.dictionaries.activations import State
 from interp.dictionaries.activations.batches import check_settings
-from interp.dictionaries.training.processes import Processes
 from interp.errors import FileError
 from interp.files import read_json, read_tensors, save_tensors, sha256, write_json
+from interp.processes import Processes
 
 NAME = "checkpoint.json"
 

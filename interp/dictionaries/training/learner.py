@@ -15,10 +15,10 @@ from interp.dictionaries.base import Dictionary, Loss
 from interp.dictionaries.fidelity import Fidelity
 from interp.dictionaries.lorsa.files import rescale
 from interp.dictionaries.lorsa.lorsa import Lorsa
-from interp.dictionaries.training.processes import Processes
 from interp.dictionaries.training.settings import TrainSettings
 from interp.dictionaries.training.sharded import gather, part_of, sharded, whole
 from interp.errors import InputError, NonFiniteError, SettingsError
+from interp.processes import Processes
 
 _SHOWN = ("fvu", "explained_variance_legacy", "l0", "cosine", "l2_ratio")
 

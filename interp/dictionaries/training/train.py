@@ -28,9 +28,9 @@ from interp.dictionaries.lorsa.lorsa import Lorsa
 from interp.dictionaries.training.checkpoint import Checkpoints
 from interp.dictionaries.training.learner import Job, Learner
 from interp.dictionaries.training.log import Log
-from interp.dictionaries.training.processes import Processes
 from interp.dictionaries.training.settings import TrainSettings
 from interp.errors import InputError, SettingsError
+from interp.processes import Processes
 
 if TYPE_CHECKING:
     import pandas as pd

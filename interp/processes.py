@@ -1,4 +1,4 @@
-"""The processes that train together (torch.distributed), or the one that is alone."""
+"""The processes that work together (torch.distributed), or the one that is alone."""
 
 from __future__ import annotations
 
