@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from interp.batch import Batch
 from interp.edits import Edit
 from interp.engine.anatomy import Anatomy
+from interp.engine.chosen import gather_positions
 from interp.engine.entry import Entry, Prefix, check_entry, cropped, entered
 from interp.engine.hooks import attached
 from interp.engine.placed import device_of as device_of
 from interp.engine.plan import Plan, heads_of, layers_of, make_plan, plan_for
-from interp.engine.recorder import Recorder, Stop, check_no_nan, gather_positions, reduce_part
+from interp.engine.recorder import Recorder, Stop, check_no_nan, reduce_part
 from interp.engine.shards import spread
 from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.reads import Read
