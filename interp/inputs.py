@@ -96,7 +96,7 @@ def check_ids(name: str, ids: Tensor, config: Any) -> None:
         raise InputError(f"{name} must be [batch, pos] with at least one token, got {tuple(ids.shape)}.")
     if ids.is_floating_point():
         raise InputError(f"{name} must be integers, got {ids.dtype}.")
-    top = getattr(text_config(config), "vocab_size", None) or vocabulary(config)
+    top = _ids(config)
     bad = (ids < 0) | (ids >= top)
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()
@@ -108,13 +108,19 @@ def check_ids(name: str, ids: Tensor, config: Any) -> None:
         raise InputError(f"{name} holds {ids.shape[1]} positions, but the model can take {limit}: shorten the prompts.")
 
 
+def _ids(config: Any) -> int:
+    """How many ids there are."""
+    return getattr(text_config(config), "vocab_size", None) or vocabulary(config)
+
+
 def pad_id(config: Any) -> int:
-    """An id to fill padding with; the mask hides it."""
+    """An id of the vocabulary to fill padding with; the mask hides it."""
+    size = _ids(config)
     for owner in (config, text_config(config)):
         for name in ("pad_token_id", "eos_token_id"):
             value = getattr(owner, name, None)
             value = value[0] if isinstance(value, list) else value
-            if isinstance(value, int) and value >= 0:
+            if isinstance(value, int) and 0 <= value < size:
                 return value
     return 0
 

@@ -57,3 +57,14 @@ def test_selected_positions_are_the_same_tokens(name, data):
     for i, row in enumerate(rows):
         whole = lens.run(lens.prepare(input_ids=[row]), ["resid_post.1"])["resid_post", 1][0]
         assert relative_error(found[0][i, 0], whole[-1 if position == "last" else position]) < 1e-5
+
+
+def test_a_padding_token_that_the_model_does_not_embed():
+    """Some configurations name one behind the vocabulary: another id fills, and the mask hides it."""
+    model = build("llama")
+    model.config.pad_token_id = model.config.vocab_size
+    lens = interp.wrap(model)
+    batch = lens.prepare(input_ids=[[70, 71, 72], [80]])
+    assert int(batch.inputs["input_ids"].max()) < model.config.vocab_size
+    alone = lens.run(lens.prepare(input_ids=[[80]]), "logits").logits
+    assert relative_error(lens.run(batch, "logits").logits[1][batch.mask[1]], alone[0]) < 1e-5

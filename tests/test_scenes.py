@@ -106,7 +106,7 @@ def test_captions_name_the_objects_in_reading_order():
     scene = scenes.Scene("x", "red", blank.background, blank.noise, (below, *row))
     assert [(o.box[1] + o.box[3]) // 2 // scenes.ROW for o in scene.objects] == [4, 0, 0]
     assert scene.names == ("cow", "dog", "car")
-    assert scenes.caption(scene.names) == "a photo of a cow , a dog and a car ."
+    assert scene.caption == scenes.caption(scene.names) == "a photo of a cow , a dog and a car ."
     assert scenes.caption(["dog"]) == "a photo of a dog ."
     assert scenes.caption([]) == "a photo of nothing ."
     assert scenes.caption(["owl", "cat"]) == "a photo of an owl and a cat ."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.errors import InputError
-from interp.patches import image_token_ids
+from interp.patches import picture_ids
 
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "image_token_id", "image_token_index", "video_token_id")
 
@@ -66,7 +66,7 @@ def probe_inputs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     random = torch.Generator().manual_seed(0)
     out: dict[str, Any] = {}
     # CLIP and its kin: two towers side by side, no image tokens in the text.
-    dual = hasattr(config, "text_config") and hasattr(config, "vision_config") and not image_token_ids(config)
+    dual = hasattr(config, "text_config") and hasattr(config, "vision_config") and not picture_ids(config)
     dual = dual and not hasattr(model, "generate")
     if "input_ids" in takes and main != "pixel_values":
         out["input_ids"] = tokens(config, 2, 6)

@@ -11,7 +11,7 @@ import torch
 from interp.batch import Batch
 from interp.errors import UnsupportedError
 from interp.grids import anyres, single, tiles
-from interp.patches import Patches
+from interp.patches import Patches, picture_ids
 
 _LAYOUTS: dict[str, Callable[[Any, Any, Batch, single.Sizes], single.Layout]] = {
     "llava": single.fixed,
@@ -48,8 +48,7 @@ def image_token_ids(config: Any) -> list[int]:
     """
     if _crosses(config):
         return []
-    ids = [getattr(config, n, None) for n in ("image_token_id", "image_token_index")]
-    return list(dict.fromkeys(i for i in ids if isinstance(i, int)))
+    return picture_ids(config)
 
 
 def patches_of(config: Any, processor: Any, batch: Batch, sizes: single.Sizes) -> Patches | None:

@@ -75,7 +75,7 @@ def repeated_chunks(lens: "Lens", settings: HeadsSettings) -> list[Chunk]:
     """Rows of random tokens repeated once, behind the token that the tokenizer itself puts in front (if any)."""
     from interp.data import repeated_tokens
     from interp.inputs import tokenizer_of
-    from interp.patches import image_token_ids
+    from interp.patches import picture_ids
 
     tokenizer = tokenizer_of(lens.processor)
     size = lens.vocabulary
@@ -86,7 +86,7 @@ def repeated_chunks(lens: "Lens", settings: HeadsSettings) -> list[Chunk]:
         special = set(tokenizer.all_special_ids)
         front = tokenizer("a")["input_ids"][0]
         begin = front if front == tokenizer.bos_token_id else None
-    special.update(image_token_ids(lens.model.config))
+    special.update(picture_ids(lens.model.config))
     allowed = [i for i in range(size) if i not in special]
     ids = repeated_tokens(
         settings.repeat_rows, settings.repeat_length, allowed_ids=allowed, bos_id=begin, seed=settings.seed

@@ -109,6 +109,11 @@ class Scene:
         return tuple(placed.name for placed in sorted(self.objects, key=place))
 
     @property
+    def caption(self) -> str:
+        """The caption of the picture; see the function of that name."""
+        return caption(self.names)
+
+    @property
     def pixels(self) -> np.ndarray:
         """The picture, uint8 [SIDE, SIDE, 3]. Wherever an object is seen, it differs from the background."""
         return self._painted[0]

@@ -37,7 +37,7 @@ from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.heads.patterns import pattern_targets
 from interp.inputs import tokenizer_of
 from interp.lens import Lens
-from interp.patches import image_token_ids
+from interp.patches import picture_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,7 +197,7 @@ def head_behaviours(
 def _tokens(lens: Lens) -> tuple[int | None, list[int]]:
     """What stands in front of a text, if anything, and the ids of plain tokens."""
     tokenizer: Any = tokenizer_of(lens.processor)
-    special, size, begin = set(image_token_ids(lens.model.config)), lens.vocabulary, None
+    special, size, begin = set(picture_ids(lens.model.config)), lens.vocabulary, None
     if tokenizer is not None:
         special |= set(tokenizer.all_special_ids)
         size = min(size, len(tokenizer))

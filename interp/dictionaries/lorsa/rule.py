@@ -30,7 +30,7 @@ from interp.dictionaries.lorsa import measured
 from interp.dictionaries.lorsa.attend import pattern_of, positions_of, rotate, visible
 from interp.errors import InputError, SettingsError, UnsupportedError
 from interp.lens import Lens
-from interp.patches import image_token_ids
+from interp.patches import picture_ids
 from interp.reads import Read
 from interp.trace import Trace
 
@@ -230,7 +230,7 @@ def random_tokens(lens: Lens, rows: int, length: int, seed: int) -> Int[Tensor, 
     config: Any = lens.model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     named = [v for c in (config, text) for n, v in vars(c).items() if n.endswith(("token_id", "token_index"))]
-    special = {i for v in named for i in (v if isinstance(v, list) else [v])} | set(image_token_ids(config))
+    special = {i for v in named for i in (v if isinstance(v, list) else [v])} | set(picture_ids(config))
     allowed = torch.tensor([i for i in range(lens.vocabulary) if i not in special])
     return allowed[torch.randint(len(allowed), (rows, length), generator=torch.Generator().manual_seed(seed))]
 
