@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.errors import InputError, UnknownNameError, unknown
+from interp.packed import Division
 from interp.patches import Patches
 from interp.reads import Positions
 
@@ -73,36 +74,50 @@ class Batch:
 
         Raises:
             UnknownNameError: there is no such sample.
-            InputError: the inputs hold tensors that cannot be split by sample (packed images).
+            InputError: it cannot be told which rows of an input are whose.
         """
         if not -len(self) <= i < len(self):
             raise UnknownNameError(f"sample {i} does not exist: the batch has {len(self)} (0 to {len(self) - 1}).")
         i %= len(self)
+        one = self.part(i, i + 1)
         keep = self.mask[i].nonzero()[:, 0]
-        inputs: dict[str, Any] = {}
-        for name, value in self.inputs.items():
-            if not isinstance(value, Tensor):
-                inputs[name] = value
-                continue
-            if value.ndim == 0 or value.shape[0] != len(self):
-                raise InputError(
-                    f"sample {i} cannot be taken alone: {name} {tuple(value.shape)} is packed over samples."
-                )
-            row = value[i : i + 1]
-            if name in _TOKEN_INPUTS and row.shape[1] == self.mask.shape[1]:
-                row = row[:, keep]
-            inputs[name] = row
-        columns = keep.tolist()
+        columns, width = keep.tolist(), self.mask.shape[1]
+        inputs = dict(one.inputs)
+        names = _DECODER_INPUTS if "decoder_input_ids" in inputs else _TOKEN_INPUTS
+        for name, axis in names.items():
+            value = inputs.get(name)
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[axis] == width:
+                inputs[name] = value.index_select(axis, keep)
         return replace(
-            self,
+            one,
             inputs=inputs,
-            mask=self.mask[i : i + 1, keep],
-            source_mask=None if self.source_mask is None else self.source_mask[i : i + 1],
-            texts=None if self.texts is None else (self.texts[i],),
+            mask=one.mask[:, keep],
             tokens=None if self.tokens is None else (tuple(self.tokens[i][c] for c in columns),),
             offsets=None if self.offsets is None else (tuple(self.offsets[i][c] for c in columns),),
-            image_mask=None if self.image_mask is None else self.image_mask[i : i + 1, keep],
+            image_mask=None if one.image_mask is None else one.image_mask[:, keep],
             patches=None if self.patches is None else self.patches.sample_alone(i, columns),
+        )
+
+    def part(self, first: int, stop: int) -> "Batch":
+        """Samples from `first` to before `stop`, with the padding that they have; pictures go with their samples.
+
+        Raises:
+            InputError: it cannot be told which rows of an input are whose.
+        """
+        if (first, stop) == (0, len(self)):
+            return self
+        tokens = None if self.image_mask is None else self.image_mask.sum(1).tolist()
+        pictures = None if self.patches is None else [len(row) for row in self.patches.sizes]
+
+        def some(x: Any) -> Any:
+            return None if x is None else x[first:stop]
+
+        names = ("mask", "source_mask", "texts", "tokens", "offsets", "image_mask")
+        return replace(
+            self,
+            inputs=Division(self.inputs, len(self), tokens, pictures).part(first, stop),
+            patches=None if self.patches is None else self.patches.part(first, stop),
+            **{name: some(getattr(self, name)) for name in names},
         )
 
     @property
@@ -224,7 +239,12 @@ def padding_side(mask: Bool[Tensor, "batch pos"]) -> str | None:
     return "right" if bool((steps <= 0).all()) else "mixed"
 
 
-_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "inputs_embeds")
+_TOKEN_INPUTS = {
+    **dict.fromkeys(("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"), -1),
+    **dict.fromkeys(("inputs_embeds", "cross_attention_mask"), 1),
+}
+_DECODER_INPUTS = {"decoder_input_ids": -1, "decoder_attention_mask": -1}
+"""Inputs with an entry for each column of the main tower, and the axis of their columns."""
 
 
 def select(positions: Positions, mask: Bool[Tensor, "batch pos"], batch: Batch | None = None) -> Selection:

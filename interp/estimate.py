@@ -16,18 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from interp.batch import Batch, select
-from interp.engine.plan import layers_of
-from interp.engine.probe import tokens
+from interp.batch import Batch
 from interp.errors import InputError, SettingsError, UnsupportedError
+from interp.footprint import axes, held, returned, small, stream_of, tower_of
 from interp.reads import Read
 from interp.trace import Trace
 
 if TYPE_CHECKING:
     from interp.lens import Lens
 
-_PROBE = 4
-_KEPT = 0.9
+KEPT = 0.9
 """The share of the free memory that is counted on."""
 
 
@@ -64,8 +62,8 @@ class Estimate:
     def rows(self) -> int:
         """How many samples fit at once; 0 where not one does."""
         back = -(-self.returned // self.samples)
-        free = int(_KEPT * self.free)
-        if self.returned > _KEPT * self.room:
+        free = int(KEPT * self.free)
+        if self.returned > KEPT * self.room:
             return 0
         fits = free // (self.each + back) if self.apart else (free - self.returned) // max(1, self.each)
         return max(0, min(self.samples, fits))
@@ -76,7 +74,7 @@ class Estimate:
         Raises:
             InputError: what comes back, or a single sample, does not fit.
         """
-        if self.returned > _KEPT * self.room:
+        if self.returned > KEPT * self.room:
             raise InputError(
                 f"what is asked for is {size(self.returned)}, and {size(self.room)} are free: read fewer layers or "
                 "positions, reduce ('|mean'), or take fewer prompts."
@@ -111,19 +109,29 @@ def estimate(
     lens: Lens, batch: Batch, reads: Sequence[Read], *, gradients: bool, to: torch.device | str | None
 ) -> Estimate:
     """See `Lens.estimate`."""
-    first = batch if len(batch) == 1 else part(batch, 0, 1)
     where = lens.input_device
     kept = torch.device(to) if to is not None else where
-    returned = sum(_bytes(lens, batch, first, read) for read in reads)
-    width = batch.mask.shape[1]
-    if lens.anatomy.main == "vision":
-        width = lens.run(first, "resid_pre.0")["resid_pre", 0].shape[1]
-    source = 0 if batch.source_mask is None else batch.source_mask.shape[1]
-    each = row_bytes(lens, width, width, source) * (_depth(lens) if gradients else 1)
-    each += max([_beside(lens, batch, read) for read in reads], default=0)
-    seconds = _seconds(lens, first, reads) * len(batch) * (3 if gradients else 1)
+    first = batch.part(_first(batch), _first(batch) + 1)
+    asked = {read: small(lens, read) for read in reads}
+    through = (gradients or not reads) and "logits" not in lens.anatomy.refused
+    last = [small(lens, Read("logits"))] if through else []
+    start = time.perf_counter()
+    trace = lens.run(first, [*asked.values(), *last])
+    seconds = time.perf_counter() - start
+    streams = {name: stream_of(lens, batch, name) for name in {tower_of(lens, read) for read in reads}}
+    back = 0
+    for read, little in asked.items():
+        found = [value for (one, _), value in trace.values.items() if one == little]
+        back += returned(lens, batch, read, found, streams[tower_of(lens, read)])
+    each = held(lens, batch, reads or last, streams, gradients=gradients)
+    seconds *= len(batch) * (3 if gradients else 1)
     apart = kept.type != where.type
-    return Estimate(len(batch), returned, each, free_bytes(where), free_bytes(kept), apart, seconds, str(where))
+    return Estimate(len(batch), back, each, free_bytes(where), free_bytes(kept), apart, seconds, str(where))
+
+
+def _first(batch: Batch) -> int:
+    """A sample that reaches every tower."""
+    return 0 if batch.image_mask is None else int(batch.image_mask.any(1).int().argmax())
 
 
 def capture(
@@ -146,8 +154,9 @@ def capture(
         to: device to keep the reads on.
 
     Raises:
-        InputError: it does not fit, even one sample at a time; or images are packed over samples.
-        UnsupportedError: a read has as many positions as a sample has, and the batch has to be split.
+        InputError: it does not fit, even one sample at a time; or it cannot be told whose the pictures are.
+        UnsupportedError: the batch has to be split, and a read's positions differ by sample, or it is no whole stream
+            of a tower in which the pictures of all samples lie in one row.
     """
     wanted = [Read.of(r) for r in ([reads] if isinstance(reads, (str, Read)) else reads)]
     rows = lens.estimate(batch, wanted, to=to).check() if rows is None else rows
@@ -158,100 +167,75 @@ def capture(
         return lens.run(batch, wanted, edits, to=to)
     if any(isinstance(r.positions, Tensor) for r in wanted):
         raise UnsupportedError("reads at positions that differ by sample are not split: give fewer prompts at once.")
+    streams = {name: stream_of(lens, batch, name) for name in {tower_of(lens, r) for r in wanted}}
+    for read in wanted:
+        if streams[tower_of(lens, read)].joined and not _joinable(read):
+            raise UnsupportedError(
+                f"{read} is not split: the pictures of all prompts lie in one row of its tower. Read whole streams "
+                "there, or give fewer prompts at once."
+            )
     pieces = [
-        lens.run(part(batch, at, min(at + rows, len(batch))), wanted, edits, to=to) for at in range(0, len(batch), rows)
+        lens.run(
+            batch.part(at, min(at + rows, len(batch))),
+            [r for r in wanted if _reached(lens, batch, at, rows, r)],
+            edits,
+            to=to,
+        )
+        for at in range(0, len(batch), rows)
     ]
-    if any(p.valid for p in pieces):
-        raise UnsupportedError("reads at as many positions as a sample has are not split: give fewer prompts at once.")
-    values = {key: torch.cat([p.values[key] for p in pieces]) for key in pieces[0].values}
-    known = [name for name, mask in pieces[0].masks.items() if mask is not None]
-    joined: dict[str, Any] = {name: torch.cat([p.masks[name] for p in pieces]) for name in known}  # pyright: ignore
-    masks = {**pieces[0].masks, **joined}
-    return replace(pieces[0], values=values, masks=masks)
+    return _joined(lens, pieces, wanted, {n for n, s in streams.items() if s.joined})
 
 
-def part(batch: Batch, first: int, stop: int) -> Batch:
-    """Some samples of a batch, with its padding.
-
-    Raises:
-        InputError: its images are packed over samples.
-    """
-    if not batch.repeatable:
-        raise InputError("this batch cannot be split: its images are packed over samples. Prepare fewer at a time.")
-
-    def some(x: Any) -> Any:
-        return None if x is None else x[first:stop]
-
-    names = ("mask", "source_mask", "texts", "tokens", "offsets", "image_mask")
-    inputs = {k: v[first:stop] if isinstance(v, Tensor) else v for k, v in batch.inputs.items()}
-    return replace(batch, inputs=inputs, **{name: some(getattr(batch, name)) for name in names})
+def _reached(lens: Lens, batch: Batch, at: int, rows: int, read: Read) -> bool:
+    """Whether the prompts of a piece have what a read's tower looks at."""
+    if batch.image_mask is None or tower_of(lens, read) == lens.anatomy.main:
+        return True
+    return bool(batch.image_mask[at : at + rows].any())
 
 
-def _bytes(lens: Lens, batch: Batch, first: Batch, read: Read) -> int:
-    """Bytes that come back from one read of a batch: those of a small run, its axes at their real sizes."""
-    plain = read.tower in (None, lens.anatomy.main) and batch.source_mask is None and lens.anatomy.main == "text"
-    plain = plain and "input_ids" in batch.inputs
-    probe = lens.prepare(input_ids=tokens(lens.model.config, 1, _PROBE)) if plain else first
-    small = replace(read, positions="all", reduce=read.reduce if read.over_heads else None)
-    found = lens.run(probe, [small])
-    row, short, width = read.row, probe.mask.shape[1], batch.mask.shape[1]
-    count = width
-    if not (isinstance(read.positions, str) and read.positions == "all"):
-        whole = next(iter(found.values.values())).shape[row.position_axis or 1]
-        main = read.tower in (None, lens.anatomy.main)
-        mask = batch.mask if main else batch.mask.new_ones(len(batch), whole)
-        count = select(read.positions, mask, batch if main else None).index.shape[1]
-    total = 0
-    for tensor in found.values.values():
-        names = [a for a in row.axes if not (read.over_heads and a in ("head", "kv_head"))]
-        shape = dict(zip(names, tensor.shape, strict=True))
-        shape["batch"] = len(batch)
-        for name in ("pos", "query"):
-            if name in shape:
-                chosen = not (isinstance(read.positions, str) and read.positions == "all")
-                shape[name] = count if chosen else shape[name] if probe is first else shape[name] // short * width
-                if read.reduce is not None and not read.over_heads and read.reduce != "norm":
-                    shape[name] = 1
-        if "key" in shape and probe is not first:
-            shape["key"] = width
-        if read.reduce == "norm":
-            shape[names[-1]] = 1
-        total += torch.Size(shape.values()).numel() * tensor.element_size()
-    return total
+def _joinable(read: Read) -> bool:
+    """Whether parts of one long row can be put one behind the other."""
+    whole = isinstance(read.positions, str) and read.positions == "all"
+    return whole and "key" not in read.row.axes and (read.over_heads or read.reduce in (None, "norm"))
 
 
-def _beside(lens: Lens, batch: Batch, read: Read) -> int:
-    """Bytes that serving a read takes for one sample, beside what it returns."""
-    width, tower = batch.mask.shape[1], lens.anatomy.tower(read.tower)[0]
-    if read.site == "logits":
-        whole = isinstance(read.positions, str) and read.positions in ("all", "last")
-        return 0 if whole else width * lens.vocabulary * torch.empty(0, dtype=lens.dtype).element_size()
-    if read.row.scope != "attention" or read.site not in ("scores", "pattern", "result"):
-        return 0
-    most = max(p.n_heads for i in layers_of(lens.anatomy, read) for p in tower.layers[i].attention.values())
-    heads = most if read.heads is None else len(read.heads)
-    count = select(read.positions, batch.mask, batch).index.shape[1] if tower.name == lens.anatomy.main else width
-    return 4 * heads * count * (2 * tower.d_model if read.site == "result" else 2 * width)
+def _joined(lens: Lens, pieces: Sequence[Trace], wanted: Sequence[Read], long: set[str]) -> Trace:
+    """One trace from those of the pieces; `long` are the towers whose pictures lie in one row."""
+    values, valid = {}, {}
+    for read in dict.fromkeys(wanted):
+        mine = [p for p in pieces if any(one == read for one, _ in p.values)]
+        layers = [layer for one, layer in mine[0].values if one == read]
+        place = next((i for i, a in enumerate(axes(read)) if a in ("pos", "query")), 0)
+        if tower_of(lens, read) in long:
+            values |= {(read, i): torch.cat([p.values[read, i] for p in mine], place) for i in layers}
+            continue
+        counts = [p.values[read, layers[0]].shape[place] for p in mine]
+        most = max(counts)
+        for i in layers:
+            values[read, i] = torch.cat([_filled(p.values[read, i], place, most) for p in mine])
+        if min(counts) < most or any(read in p.valid for p in mine):
+            found = [p.valid.get(read) for p in mine]
+            rows = [p.values[read, layers[0]] for p in mine]
+            every = [
+                torch.ones(len(x), n, dtype=torch.bool, device=x.device) if v is None else v
+                for v, x, n in zip(found, rows, counts, strict=True)
+            ]
+            valid[read] = torch.cat([_filled(v, 1, most) for v in every])
+    masks: dict[str, Any] = {}
+    for name in pieces[0].masks:
+        found = [p.masks[name] for p in pieces if isinstance(p.masks.get(name), Tensor)]
+        masks[name] = torch.cat(found, int(name in long)) if found else None  # pyright: ignore
+    return replace(pieces[0], values=values, valid=valid, masks=masks)
 
 
-def _depth(lens: Lens) -> int:
-    return len(lens.anatomy.towers[lens.anatomy.main].layers)
-
-
-def _seconds(lens: Lens, first: Batch, reads: Iterable[Read]) -> float:
-    """How long a plain run of one sample takes as far as the reads go, the faster of two."""
-    reads, main = list(reads), lens.anatomy.main
-    mine = [i for r in reads if r.row.per_layer and r.tower in (None, main) for i in layers_of(lens.anatomy, r)]
-    through = not mine or any(r.site == "logits" for r in reads)
-    able = lens.layers_with("resid_post")
-    last = _depth(lens) - 1 if through else max(mine)
-    read = "logits@last" if through and lens.anatomy.unembed is not None else f"resid_post.{min(last, able[-1])}@last"
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        lens.run(first, read)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _filled(value: Tensor, axis: int, count: int) -> Tensor:
+    """The tensor with zeros behind, so that it has as many entries along an axis."""
+    missing = count - value.shape[axis]
+    if not missing:
+        return value
+    shape = list(value.shape)
+    shape[axis] = missing
+    return torch.cat([value, value.new_zeros(shape)], axis)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -267,31 +251,3 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 2**31
-
-
-def row_bytes(lens: Lens, columns: int, keys: int, sources: int = 0) -> int:
-    """Bytes that one row of a layer's call takes at its peak, from the widths of the widest layer.
-
-    Args:
-        lens: the model.
-        columns: columns that are computed.
-        keys: keys that they look at, themselves included.
-        sources: positions of the encoder.
-    """
-    tower = lens.anatomy.towers[lens.anatomy.main]
-    item = torch.empty(0, dtype=lens.dtype).element_size()
-    most = 0
-    for layer in tower.layers:
-        weight = getattr(layer.down_proj, "weight", None)
-        wide = 0
-        if isinstance(weight, Tensor) and weight.is_floating_point():
-            wide = weight.numel() // tower.d_model
-        each = columns * (8 * tower.d_model + 3 * max(wide, 4 * tower.d_model))
-        for one in layer.attention.values():
-            seen = sources if one.cross else keys
-            each += columns * 3 * one.n_heads * (one.d_head + one.d_value)
-            # Keys and values are joined to those of the prefix, and eager attention repeats them for every head.
-            each += 2 * seen * one.n_heads * (one.d_head + one.d_value)
-            each += 2 * columns * seen * one.n_heads if columns * seen > 2**16 else 0
-        most = max(most, each)
-    return item * most

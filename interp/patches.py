@@ -1,7 +1,7 @@
 """`Patches`: where each image token of a batch looks, in pixels of the picture it came from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def image_token_ids(config: Any) -> list[int]:
-    """Ids of the tokens that hold image features in the text stream, by a model's configuration."""
+def picture_ids(config: Any) -> list[int]:
+    """Ids of the tokens that stand for a picture in a prompt, whether or not they are filled with its features."""
     ids = [getattr(config, n, None) for n in ("image_token_id", "image_token_index")]
     return list(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
@@ -60,6 +60,11 @@ class Patches:
     def sample_rows(self, i: int) -> "Patches":
         """The rows of sample `i`, still with their columns in the padded batch."""
         return self.where(self.sample == i)
+
+    def part(self, first: int, stop: int) -> "Patches":
+        """The rows of samples from `first` to before `stop`, still with their columns in the padded batch."""
+        mine = self.where((self.sample >= first) & (self.sample < stop))
+        return replace(mine, sample=mine.sample - first, sizes=self.sizes[first:stop])
 
     def sample_alone(self, i: int, columns: Sequence[int]) -> "Patches":
         """The rows of sample `i` when it is taken alone; `columns` are the columns that it keeps."""

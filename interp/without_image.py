@@ -32,7 +32,7 @@ from interp.edits import Edit, mask_attention
 from interp.errors import InputError, UnsupportedError, unknown
 from interp.inputs import pad_id, tokenizer_of
 from interp.lens import Lens
-from interp.patches import image_token_ids
+from interp.patches import picture_ids
 from interp.reads import Read
 
 Mode = Literal["drop", "drop_keep_positions", "mask", "zero", "mean", "noise"]
@@ -155,7 +155,7 @@ def _image_tokens(lens: Lens, batch: Batch) -> Bool[Tensor, "batch pos"]:
     if found is None and "cross_attention_mask" in batch.inputs:
         # Where images are seen through cross-attention, the image token is a word that carries nothing.
         ids = batch.inputs["input_ids"]
-        found = torch.isin(ids, torch.tensor(image_token_ids(lens.model.config), device=ids.device))
+        found = torch.isin(ids, torch.tensor(picture_ids(lens.model.config), device=ids.device))
     if found is None or not bool((found & batch.mask).any()):
         raise InputError("no image tokens stand in the text of this batch: use 'zero', 'mean' or 'noise'.")
     return found & batch.mask
@@ -168,7 +168,7 @@ def _check_images(lens: Lens, batch: Batch) -> None:
         return
     if "pixel_values" in batch.inputs:
         raise UnsupportedError(f"{lens.name} reads nothing but images: without them nothing is left to run.")
-    takes = bool(image_token_ids(lens.model.config)) or hasattr(lens.model.config, "vision_config")
+    takes = bool(picture_ids(lens.model.config)) or hasattr(lens.model.config, "vision_config")
     if not takes:
         raise UnsupportedError(
             f"{lens.name} takes no images, so there is nothing to compare with: this needs a vision-language model."

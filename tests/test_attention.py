@@ -1,6 +1,7 @@
 """Recomputed attention, by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,13 @@ def test_a_recomputation_that_misses_the_kernel_refuses_the_pattern(monkeypatch)
     lens = interp.wrap(build("llama"))
     with pytest.raises(UnsupportedError, match="miss the kernel's output by"):
         lens.run(lens.prepare(**inputs("llama")), ["pattern"])
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_the_soft_cap_is_left_out_where_the_kernel_does(kernel):
+    """sdpa has none: the releases of transformers that hand it one let it go by."""
+    given = call(causal=False, softcap=1.5)
+    given.module.config = SimpleNamespace(_attn_implementation=kernel)
+    raw = 0.5 * given.query @ given.key.mT
+    wanted = raw if kernel == "sdpa" else torch.tanh(raw / 1.5) * 1.5
+    torch.testing.assert_close(attention_scores(given), wanted)

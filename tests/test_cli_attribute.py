@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
 import interp
+import interp.cli.cost
 from interp import attribution
 from interp.attribution.continued import continued
 from interp.attribution.relative_attention import relative_attention
@@ -297,6 +298,64 @@ def test_an_interrupted_run_goes_on(model, prompts, tmp_path, monkeypatch):
     assert calls == [("input_gradient", [2, 3, 4]), ("rollout", [4])]
     one, two = (pd.read_parquet(tmp_path / name / "tokens.parquet") for name in ("whole", "cut"))
     pd.testing.assert_frame_equal(one, two, atol=1e-5, rtol=1e-3)
+
+
+def test_what_it_takes_is_said_and_what_does_not_fit_is_split(model, prompts, tmp_path, monkeypatch):
+    """A line for each method before it runs; smaller batches give the same; too little for one prompt is refused."""
+    named = ("-m", "rollout,gradient_x_input,blank_out")
+    seen, rows_of = [], interp.cli.cost.rows_of
+    monkeypatch.setattr("interp.cli.cost.rows_of", lambda costs, size: (seen.extend(costs), rows_of(costs, size))[1])
+    text = attribute(model, prompts, tmp_path / "whole", *named)
+    line = r"^(\w+): about \d+ s; 5 prompts at a time take about [\d.]+ \w?B of [\d.]+ \w?B free on cpu$"
+    assert re.findall(line, text, re.MULTILINE) == ["rollout", "gradient_x_input", "blank_out"]
+    longest = max(len(row["text"]) for row in ROWS)
+    assert [cost.need.runs for cost in seen] == [1, 1, longest]
+    each = max(cost.each for cost in seen)
+    assert each == seen[1].each > 2 * seen[0].each  # a graph of all layers
+    calls, real, blank = [], asking.Asker.attribute, asking.FUNCTIONS["blank_out"]
+
+    def counted(self, method, asked):
+        calls.append((method, len(asked.rows)))
+        return real(self, method, asked)
+
+    def blanked(*args, batch_size, **options):
+        calls.append(("rows", batch_size))
+        return blank(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(asking.Asker, "attribute", counted)
+    monkeypatch.setitem(asking.FUNCTIONS, "blank_out", blanked)
+    monkeypatch.setattr(interp.estimate, "free_bytes", lambda device: int(2.5 * each / 0.9))
+    text = attribute(model, prompts, tmp_path / "split", *named)
+    assert "gradient_x_input: about 1 s; 2 prompts at a time" in text
+    assert [size for method, size in calls if method == "gradient_x_input"] == [2, 2, 1]
+    most = int(2.5 * each / 0.9 * 0.9) // seen[2].each
+    assert {size for method, size in calls if method == "rows"} == {min(8 * 4, most)}
+    one, two = (pd.read_parquet(tmp_path / name / "tokens.parquet") for name in ("whole", "split"))
+    pd.testing.assert_frame_equal(one, two, atol=1e-5, rtol=1e-3)
+    monkeypatch.setattr(interp.estimate, "free_bytes", lambda device: each // 2)
+    error = attribute(model, prompts, tmp_path / "none", *named, code=2)
+    assert re.search(
+        r"gradient_x_input does not fit: the longest prompt takes about [\d.]+ .?B, and [\d.]+ .?B are free", error
+    )
+
+
+def test_needs_of_every_method_are_known(scenes_lens, pictures, tmp_path, monkeypatch):
+    """All methods and forms say something on a model with pictures, and run one prompt once for each kind of run."""
+    from interp.cli.attribution.needs import costs
+
+    runs, run = [], interp.Lens.run
+    monkeypatch.setattr(interp.Lens, "run", lambda self, b, *a, **k: (runs.append(len(b)), run(self, b, *a, **k))[1])
+    for form in ("relative", "gradient", "pixel_gradient"):
+        settings = AttributeSettings(model="scenes", methods=METHODS, prompts=str(pictures[0]), form=form)
+        asker = asking.Asker(scenes_lens, settings, read_prompts(pictures[0], images=tmp_path / "images"))
+        lengths = {i: asker.check(i) for i in range(len(asker.prompts))}
+        runs.clear()
+        found = costs(asker, METHODS, lengths)
+        assert list(found) == list(METHODS)
+        # Each kind of run once, with its picture's embedding; in the vision tower also two pictures at once.
+        assert len(runs) < 2 * len(METHODS)
+        assert set(runs) == ({1, 2} if form == "pixel_gradient" else {1})
+        assert all(cost.seconds > 0 and cost.fits > 100 for cost in found.values())
 
 
 def test_other_settings_prompts_or_folders_are_refused(model, prompts, tmp_path):

@@ -1,6 +1,7 @@
 """`interp heads` with images and keywords: every method beside the direct call, what stands beside it, bad input."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -84,6 +85,38 @@ def test_scores_are_those_of_one_batch(lens, batch, run):
         for name, column in wanted.extra.items():
             assert torch.allclose(found.extra[name], column, rtol=1e-3, atol=1e-4), (method, name)
         assert found.settings["prompts"] == COUNT
+
+
+def test_what_does_not_fit_is_split(lens, inputs, tmp_path, monkeypatch):
+    """One prompt is run once for the line about the cost; smaller batches give the same; too little is refused."""
+    asked = ("heads", "scenes", "--device", "cpu", "-m", "importance,direct-effect", "-p", inputs / "prompts.jsonl")
+    asked = (*asked, "--effect-heads", 0, "--out")
+    estimates, estimate = [], interp.Lens.estimate
+    runs, run = [], interp.Lens.run
+
+    def estimated(self, *args, **options):
+        runs.clear()
+        found = estimate(self, *args, **options)
+        estimates.append((found, list(runs)))
+        return found
+
+    monkeypatch.setattr(interp.Lens, "estimate", estimated)
+    monkeypatch.setattr(interp.Lens, "run", lambda self, b, *a, **k: (runs.append(len(b)), run(self, b, *a, **k))[1])
+    text = call(*map(str, (*asked, tmp_path / "whole")))
+    assert re.search(rf"a pass over the prompts: about 1 s; {COUNT} prompts at a time take about [\d.]+ MB of", text)
+    ((found, made),) = estimates
+    assert made.count(1) <= 2  # the prompt, and its picture's embedding
+    each = found.peak // found.samples
+    monkeypatch.setattr(interp.estimate, "free_bytes", lambda device: int(2.5 * each / 0.9))
+    text = call(*map(str, (*asked, tmp_path / "split")))
+    assert "; 2 prompts at a time" in text
+    for method in ("importance", "direct_effect"):
+        one, two = (HeadScores.load(tmp_path / name / method) for name in ("whole", "split"))
+        assert two.settings["batches"] == -(-COUNT // 2)
+        assert torch.allclose(one.per_prompt, two.per_prompt, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(interp.estimate, "free_bytes", lambda device: each // 2)
+    error = call(*map(str, (*asked, tmp_path / "none")), code=2)
+    assert "a pass over the prompts does not fit: the longest prompt takes about" in error
 
 
 def test_topics_and_strongest_prompts(lens, batch, run):

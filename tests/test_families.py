@@ -106,11 +106,8 @@ def test_contract(wrapped, check):
 
 
 def test_batched_equals_single(wrapped):
-    _name, lens, batch, given = wrapped
-    singles = None
-    if not batch.repeatable or any("grid" in k for k in given):
-        pytest.skip("images are packed over samples; tests/test_vision_inputs.py prepares each sample alone")
-    testing.check_batched(lens, batch, singles=singles)
+    _name, lens, batch, _given = wrapped
+    testing.check_batched(lens, batch)
 
 
 @contextmanager

@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors"},
-    {"sites", "reads", "headlist", "patches", "files", "palette", "bootstrap"},
+    {"sites", "reads", "headlist", "patches", "packed", "files", "palette", "bootstrap", "processes"},
     {"batch", "figures", "token_figures", "results", "models"},
     {"scores", "tokens", "trace", "edits", "data"},
     {"engine", "grids"},
-    {"inputs", "backends", "estimate"},
+    {"inputs", "backends", "footprint", "estimate"},
     {"lens", "without_image"},
     {"wrapping"},
     {"testing", "heads", "attribution", "tracing"},

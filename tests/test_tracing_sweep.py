@@ -309,8 +309,9 @@ def test_a_forward_that_ignores_the_cache():
     lens = interp.wrap(OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)).eval())
     source, base = (lens.prepare(input_ids=ids[:1]) for ids in (IDS, OTHER))
     found = patch_sweep(lens, source, base, sites=["resid_post"], answers=[120], wrong=[130], min_gap=0.0)
-    for cell, value in zip(found.cells, found.values[:, 0], strict=True):
-        logits = naive(lens, source, base, "resid_post", cell.layers, column(base, cell.position))
+    assert found.settings["way"] == "carried"
+    for (_, layer, _, group), value in zip(found.cells.tolist(), found.values[:, 0], strict=True):
+        logits = naive(lens, source, base, "resid_post", [layer], column(base, int(found.groups[group])))
         torch.testing.assert_close(difference(logits, base.mask, [120], [130])[0], value, atol=1e-5, rtol=0)
 
 

@@ -24,7 +24,7 @@ class Together:
     def __init__(self, device: str | None = None) -> None:
         self.rank, self.world, self._processes = 0, 1, None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from interp.dictionaries.training.processes import Processes
+            from interp.processes import Processes
 
             self._processes: Any = Processes.join(device)
             self.rank, self.world = self._processes.rank, self._processes.world
@@ -40,6 +40,15 @@ class Together:
         """Until every process is here."""
         if self._processes is not None:
             self._processes.wait()
+
+    def least(self, count: int) -> int:
+        """The least of the numbers that the processes have."""
+        if self._processes is None:
+            return count
+        import torch
+
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        return int(self._processes.reduce(torch.tensor(count, device=device), "min"))
 
     def mine(self, count: int) -> list[int]:
         """The numbers of the pieces, out of so many, that this process computes."""

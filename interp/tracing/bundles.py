@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.estimate import row_bytes
+from interp.footprint import row_bytes
 from interp.reads import Read
 from interp.tracing.base_run import BaseRun
 from interp.tracing.grid import EVERY, Cell, Place

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.errors import UnsupportedError
-from interp.estimate import row_bytes
+from interp.footprint import row_bytes
 from interp.tracing.base_run import BaseRun
 from interp.tracing.bundles import Bundle, Sources, blocks_of, bundles_of, make_streams, read_sources
 from interp.tracing.checkpoint import Checkpoint

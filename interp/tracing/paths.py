@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.edits import Edit, Where
-from interp.estimate import row_bytes
+from interp.footprint import row_bytes
 from interp.reads import Read
 from interp.tracing.carried import Carried
 from interp.tracing.grid import Place

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.edits import Edit
-from interp.estimate import row_bytes
+from interp.footprint import row_bytes
 from interp.reads import Read
 from interp.tracing.checkpoint import Checkpoint
 from interp.tracing.grid import EVERY, Cell

@@ -89,6 +89,7 @@ class Asker:
         prompts: all prompts of the run.
         pictures_alone: whether the model reads no text.
         pooled: whether the model's logits are of the whole input, as a classifier's are.
+        room: how many rows a run of blank_out may have, beside what the batch size says; None for as many.
     """
 
     def __init__(self, lens: "Lens", settings: AttributeSettings, prompts: Sequence["Prompt"]) -> None:
@@ -101,6 +102,7 @@ class Asker:
         self.lens, self.settings, self.prompts = lens, settings, prompts
         self.pictures_alone = name == "pixel_values" and tokenizer_of(lens.processor) is None
         self.pooled = False
+        self.room: int | None = None
         with self.naming([0]):
             first = self.batch([0])
             with suppress(UnsupportedError):  # without logits there is a position to explain, but no answer
@@ -124,8 +126,8 @@ class Asker:
         """What a prompt is called in errors."""
         return f"prompt {i + 1} of {len(self.prompts)}"
 
-    def check(self, i: int) -> None:
-        """Whether one prompt can be used, without running the model.
+    def check(self, i: int) -> int:
+        """Whether one prompt can be used, without running the model; gives the number of its tokens.
 
         Raises:
             InterpError: it cannot; the message has its number.
@@ -139,6 +141,7 @@ class Asker:
                 for name in ("answer", "wrong"):
                     if (text := getattr(prompt, name)) is not None:
                         answer_ids(self.lens, [text], (1, 1), self.lens.vocabulary, pooled=self.pooled, name=name)
+        return batch.mask.shape[1]
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The prompts as the model takes them.
@@ -215,7 +218,8 @@ class Asker:
         if "image_mode" in options:
             options["image"] = options.pop("image_mode")
         if method == "blank_out":
-            options["batch_size"] = BLANKED_ROWS * settings.batch_size
+            rows = BLANKED_ROWS * settings.batch_size
+            options["batch_size"] = rows if self.room is None else max(len(asked.batch), min(rows, self.room))
         if method == "relevance":
             options["memory"] = MEMORY // len(asked.batch)
         if method == "relative_attention":

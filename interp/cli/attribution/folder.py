@@ -104,9 +104,9 @@ class AttributionFolder:
         """The methods that are computed for all prompts."""
         return [m for m in self.settings.methods if len(self.done(m)) == len(self.prompts)]
 
-    def todo(self, methods: Sequence[str]) -> list[tuple[list[int], list[str]]]:
-        """What is missing, in batches of prompts, each with the methods that it is missing for."""
-        size, batches = self.settings.batch_size, {}
+    def todo(self, methods: Sequence[str], size: int) -> list[tuple[list[int], list[str]]]:
+        """What is missing, in batches of at most so many prompts, each with the methods that it is missing for."""
+        batches: dict[tuple[int, ...], list[str]] = {}
         for method in methods:
             done = set(self.done(method))
             rows = [i for i in range(len(self.prompts)) if i not in done]

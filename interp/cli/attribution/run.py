@@ -57,17 +57,19 @@ def run_attribution(
             typer.echo(f"{method}: complete in {folder.path} with the same settings; not computed again.")
         elif done:
             typer.echo(f"{method}: {done} of {len(folder.prompts)} prompts are in {folder.path} already.")
-    todo = folder.todo(settings.methods)
-    if todo:
-        _compute(folder, todo)
+    missing = [m for m in settings.methods if m not in folder.complete]
+    if missing:
+        _compute(folder, missing)
     folder.write_table()
     draw(folder)
     write_page(folder)
     return folder
 
 
-def _compute(folder: AttributionFolder, todo: Sequence[tuple[list[int], list[str]]]) -> None:
+def _compute(folder: AttributionFolder, methods: Sequence[str]) -> None:
     from interp.cli.attribution.asking import Asker
+    from interp.cli.attribution.needs import costs
+    from interp.cli.cost import rows_of
     from interp.report import Provenance
 
     settings = folder.settings
@@ -77,17 +79,23 @@ def _compute(folder: AttributionFolder, todo: Sequence[tuple[list[int], list[str
     device = str(lens.input_device)
     about = {"device": device, "dtype": str(lens.dtype).removeprefix("torch."), "class": type(lens.model).__name__}
     folder.note(model=about, provenance=asdict(Provenance.here({}, seed=settings.seed)))
-    methods = list(dict.fromkeys(m for _, named in todo for m in named))
     total = len(folder.prompts)
+    done = {m: set(folder.done(m)) for m in methods}
     with progress() as bar:
-        missing = sorted({row for rows, _ in todo for row in rows})
-        checking = bar.add_task("checking prompts", total=len(missing))
+        missing = [i for i in range(total) if any(i not in rows for rows in done.values())]
+        checking, lengths = bar.add_task("checking prompts", total=len(missing)), {}
         for i in missing:
-            asker.check(i)
+            lengths[i] = asker.check(i)
             bar.advance(checking)
         bar.remove_task(checking)
-        tasks = {m: bar.add_task(m, total=total, completed=len(folder.done(m))) for m in methods}
-        for rows, named in todo:
+        found = costs(asker, methods, lengths)
+        size = rows_of(list(found.values()), settings.batch_size)
+        for cost in found.values():
+            typer.echo(cost.line(min(size, len(missing))))
+        if "blank_out" in found:
+            asker.room = found["blank_out"].fits
+        tasks = {m: bar.add_task(m, total=total, completed=len(done[m])) for m in methods}
+        for rows, named in folder.todo(methods, size):
             asked = asker.of(rows)
             for method in named:
                 start = time.perf_counter()

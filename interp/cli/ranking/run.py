@@ -88,12 +88,13 @@ def _compute(folder: RunFolder, lens: "Lens", missing: Sequence[str], together: 
     made: dict[str, list[Chunk]] = {}
     with progress() as bar:
         whole = _chunks(lens, "prompts", settings, prompts)
+        if whole and (rows := _rows(lens, settings, whole, missing, together)) < settings.batch_size:
+            settings = replace(settings, batch_size=rows)
+            whole = _chunks(lens, "prompts", settings, prompts)
         made["prompts"] = whole
         few = settings.effect_prompts and settings.effect_prompts < len(prompts)
         some = _chunks(lens, "prompts", settings, prompts[: settings.effect_prompts]) if few else whole
         evidence = Evidence(lens, settings, whole, some)
-        if whole:
-            _say_cost(lens, whole, len(prompts))
         for method in missing:
             kind = _kind(method, settings)
             chunks = made[kind] if kind in made else made.setdefault(kind, _chunks(lens, kind, settings, prompts))
@@ -128,26 +129,26 @@ def _compute(folder: RunFolder, lens: "Lens", missing: Sequence[str], together: 
     folder.note(provenance=source, model=about, left_out={**folder.record.get("left_out", {}), **evidence.reasons})
 
 
-def _say_cost(lens: "Lens", chunks: "list[Chunk]", prompts: int) -> None:
-    """What a pass over the prompts takes, and whether a batch fits.
+def _rows(
+    lens: "Lens", settings: HeadsSettings, chunks: "list[Chunk]", missing: Sequence[str], together: Together
+) -> int:
+    """How many prompts go through the model at once; says what a pass over them takes.
 
     Raises:
         InputError: not even one prompt fits.
     """
-    from interp.cli.tracing.cost import duration
-    from interp.errors import InputError
-    from interp.estimate import size
+    from interp.cli.cost import Need, costs_of, rows_of
 
-    try:
-        found = lens.estimate(chunks[0].batch, "z")
-    except InputError:  # images that are packed over samples
-        return
-    rows, seconds = found.check(), found.seconds / found.samples * prompts
-    typer.echo(
-        f"a pass over {prompts} prompts takes about {duration(seconds)}; reading "
-        f"the heads of a batch takes {size(found.peak)} of {size(found.free)} free on {found.device}"
-        + ("." if rows == found.samples else f": lower --batch-size to {rows}.")
-    )
+    batches = [chunk.batch for chunk in chunks]
+    widest = max(batches, key=lambda batch: batch.mask.shape[1])
+    prompts = sum(map(len, batches))
+    share = sum(len(b) * b.mask.shape[1] for b in batches) / prompts / widest.mask.shape[1]
+    need = Need("a pass over the prompts", ("z",), "importance" in missing)
+    costs = list(costs_of(lens, widest, [need], prompts, share=share).values())
+    rows = rows_of(costs, settings.batch_size, least=together.least)
+    for cost in costs:
+        typer.echo(cost.line(min(rows, len(widest))))
+    return rows
 
 
 def _check(lens: "Lens", folder: RunFolder, missing: Sequence[str]) -> "Keywords | None":

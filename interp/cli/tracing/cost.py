@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from interp.cli.cost import duration
 from interp.cli.prompts import prepared
 from interp.cli.tracing.inputs import edges_of, pair_of
 from interp.cli.tracing.settings import TraceSettings
@@ -40,13 +41,6 @@ class Cost:
             f"{self.cells:,} cells, as much work as {self.runs:,.0f} runs of a whole prompt; about "
             f"{duration(self.seconds)}"
         )
-
-
-def duration(seconds: float) -> str:
-    """A time in words, to two digits."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def seconds_each(lens: "Lens", prompts: Sequence[Prompt]) -> float:
