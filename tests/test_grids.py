@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from interp.errors import InputError
 from tests.painting import cell_sizes, check_painting, core, features, keys, painted, prepared, unmixed
 from tests.zoo._images import image
 
@@ -11,7 +10,6 @@ FAMILIES = (
     "llava llava_next llava_onevision qwen2_vl qwen2_5_vl qwen3_vl internvl idefics3 smolvlm paligemma gemma3_vl "
     "mistral3 aya_vision"
 ).split()
-PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3")
 SIZES = [(150, 74), (96, 96), (70, 141)]
 
 
@@ -115,10 +113,9 @@ def test_boxes_tile_what_the_model_sees_and_every_column_has_one_row(lens_of, na
     one = patches.sample_rows(1)
     assert set(one.sample.tolist()) == {1}
     assert set(one.image.tolist()) == {0, 1, 2}
-    if name not in PACKED:
-        return
-    with pytest.raises(InputError):
-        batch[1]
+    alone = batch[1]  # also where a processor packs the patches of all samples
+    assert torch.equal(alone.patches.column, alone.image_mask.nonzero()[:, 1])
+    assert torch.equal(alone.patches.box, one.box)
 
 
 def test_a_sample_alone_keeps_its_rows(lens_of):
