@@ -24,6 +24,7 @@ from torch import Tensor
 import interp
 from experiments.records import Row, record, show
 from interp import evaluation
+from interp.batch import Batch
 from interp.data import scenes
 from interp.data.corpora import corpus
 from interp.dictionaries import SAE, Dictionary, TrainSettings, train
@@ -62,15 +63,22 @@ def looked_at(lens: interp.Lens, some: list[scenes.Scene]) -> tuple[np.ndarray, 
     batch = prepared(lens, some)
     value = lens.run(batch, f"resid_post.{LAYER}")["resid_post", LAYER]
     image = batch.span("image")
-    marks: list[dict[str, np.ndarray]] = [{} for _ in some]
-    for j in range(max(len(one.names) for one in some)):
-        masks = [one.mask(one.names[min(j, len(one.names) - 1)]) for one in some]
-        for held, one, share in zip(marks, some, mask_shares(batch, masks).numpy(), strict=True):
-            held[one.names[min(j, len(one.names) - 1)]] = share >= 0.5
+    marks = [{name: share >= 0.5 for name, share in held.items()} for held in object_shares(batch, some)]
     return value[image].view(len(some), -1, value.shape[-1]).numpy(), marks
 
 
-def prepared(lens: interp.Lens, some: list[scenes.Scene]):
+def object_shares(batch: Batch, some: list[scenes.Scene]) -> list[dict[str, np.ndarray]]:
+    """For each scene, which share of each image token is each object's."""
+    found: list[dict[str, np.ndarray]] = [{} for _ in some]
+    for j in range(max(len(one.names) for one in some)):
+        names = [one.names[min(j, len(one.names) - 1)] for one in some]
+        masks = [one.mask(name) for one, name in zip(some, names, strict=True)]
+        for held, name, share in zip(found, names, mask_shares(batch, masks).numpy(), strict=True):
+            held[name] = share
+    return found
+
+
+def prepared(lens: interp.Lens, some: list[scenes.Scene]) -> Batch:
     texts = [evaluation.image_prompt(lens, "describe the image .") for _ in some]
     return lens.prepare(texts, [one.image for one in some], padding_side="left")
 

@@ -17,9 +17,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 import interp
-from experiments.dictionaries.lorsa.heads import behaviour_rows, induction_rows, shown_rows
+from experiments.dictionaries.lorsa.heads import behaviour_rows, induction_rows, repeated_rows, shown_rows, twice
 from experiments.records import Row, record, show
 from interp.data.corpora import Corpus, corpus
 from interp.dictionaries import SAE, Fidelity, Job, Trained, TrainSettings, Transcoder, evaluate, lorsa, train
@@ -35,6 +36,7 @@ SEEDS = (0, 1)
 GROUPS = (*(f"starts-{seed}" for seed in SEEDS), "random-fast", "widths", "others")
 SMOOTHED = 10  # steps
 LEVELS = (0.7, 0.5, 0.3)
+TEXTS = 96  # that are repeated
 
 
 def started(rule: lorsa.AttentionRule, start: str, sample: Contexts, **settings: Any) -> lorsa.Lorsa:
@@ -187,6 +189,12 @@ def compared(
     return rows
 
 
+def halves(held: ActivationStore) -> Tensor:
+    """The first halves of held-out contexts [text, pos], to be repeated."""
+    whole = [item.ids[item.real.all(1)] for item in held.contexts(batch=BATCH, seed=None) if item.ids is not None]
+    return torch.cat([ids[:, : CONTEXT // 2] for ids in whole])[:TEXTS]
+
+
 def stores(
     lens: interp.Lens, rule: lorsa.AttentionRule, texts: Path, out: Path, counts: Mapping[str, int]
 ) -> dict[str, ActivationStore]:
@@ -241,7 +249,9 @@ def main(
     tables["behaviours"] = behaviour_rows(placed, lens, text, contexts=contexts, context=CONTEXT)
     shown = placed["subspace", 0]
     tables["induction"], heads = induction_rows(shown, lens, text, contexts=contexts, context=CONTEXT)
-    tables["repeated"] = shown_rows(shown, lens, heads)
+    repeated = twice(shown, lens, halves(kept["test"]))
+    tables["repeated"] = repeated_rows(repeated, lorsa.head_behaviours(shown, lens), heads)
+    tables["shown"] = shown_rows(repeated, lens, heads)
     for name, rows in tables.items():
         show(name, rows)
     steps = math.floor(sum(kept["train"].counts("contexts")) / BATCH)
