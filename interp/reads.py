@@ -1,7 +1,7 @@
 """`Read`: which site, layers, heads and positions to read, and its string form."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -95,6 +95,7 @@ class Read:
     positions: Positions = "all"
     tower: str | None = None
     reduce: Reduce | None = None
+    _compared: tuple[int, tuple] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Normalise and check every field."""
@@ -181,21 +182,25 @@ class Read:
             text += f"@{p}"
         return text + (f"|{self.reduce}" if self.reduce else "")
 
-    def _key(self) -> tuple:
-        p = self.positions
-        if isinstance(p, slice):
-            p = ("slice", p.start, p.stop)
-        elif isinstance(p, torch.Tensor):
-            p = ("tensor", tuple(map(tuple, p.tolist())))
-        return self.site, self.layers, self.heads, p, self.tower, self.reduce
+    def _known(self) -> tuple[int, tuple]:
+        """What it is compared by and that one's hash: made once, since a tensor of positions takes long."""
+        if self._compared is None:
+            p = self.positions
+            if isinstance(p, slice):
+                p = ("slice", p.start, p.stop)
+            elif isinstance(p, torch.Tensor):
+                p = ("tensor", tuple(map(tuple, p.tolist())))
+            key = self.site, self.layers, self.heads, p, self.tower, self.reduce
+            object.__setattr__(self, "_compared", (hash(key), key))
+        return self._compared  # type: ignore[return-value]
 
     def __eq__(self, other: object) -> bool:
         """Equal when every field selects the same."""
-        return isinstance(other, Read) and self._key() == other._key()
+        return isinstance(other, Read) and self._known() == other._known()
 
     def __hash__(self) -> int:
         """Agrees with equality."""
-        return hash(self._key())
+        return self._known()[0]
 
     def but(self, **changes: object) -> "Read":
         """A copy with some fields changed."""

@@ -165,30 +165,24 @@ def _lookup(table: Mapping[tuple[Read, int], Tensor], key: Any, what: str, main:
         layer = wanted.layers[0]
     if layer is not None and layer < 0 and wanted.row.per_layer:
         layer += depth.get(main if wanted.tower in (None, "cross") else wanted.tower, 0)
-    reads = list(dict.fromkeys(r for r, _ in table))
-    found = [r for r in reads if r == wanted or str(r) == str(wanted)]
+    if layer is not None and (wanted, layer) in table:
+        return table[wanted, layer]
+    reads: dict[Read, dict[int, Tensor]] = {}
+    for (read, n), tensor in table.items():
+        reads.setdefault(read, {})[n] = tensor
+    found = [wanted] if wanted in reads else []
     if not found:
         bare = wanted.positions == "all" if isinstance(wanted.positions, str) else False
         same = [r for r in reads if r.site == wanted.site and (r.tower or main) == (wanted.tower or main)]
-        if bare and wanted.heads is None and wanted.reduce is None:
-            plain = [r for r in same if r.but(layers=None, tower=None) == wanted.but(layers=None, tower=None)]
-            found = plain or same
-        else:
-            found = [r for r in same if r.but(layers=None, tower=None) == wanted.but(layers=None, tower=None)]
-    made = ", ".join(dict.fromkeys(map(str, reads))) or "none"
+        plain = [r for r in same if r.but(layers=None, tower=None) == wanted.but(layers=None, tower=None)]
+        found = plain or (same if bare and wanted.heads is None and wanted.reduce is None else [])
     if not found:
+        made = ", ".join(dict.fromkeys(map(str, reads))) or "none"
         raise UnknownNameError(f"{what} {str(site)!r} is not in this trace. It holds: {made}.")
-    hits = {(r, n): t for (r, n), t in table.items() if r in found}
-    if layer is None:
-        if len({r for r, _ in hits}) > 1:
-            raise UnknownNameError(
-                f"{what} {str(site)!r} is ambiguous here; name one of: {', '.join(map(str, found))}."
-            )
-        return {n: t for (_, n), t in hits.items()}
-    layers = sorted({n for _, n in hits})
-    ours = [t for (r, n), t in hits.items() if n == layer]
-    if not ours:
+    hits = found if layer is None else [r for r in found if layer in reads[r]]
+    if not hits:
+        layers = sorted({n for r in found for n in reads[r]})
         raise UnknownNameError(f"layer {layer} of {str(site)!r} was not read; read were: {layers}.")
-    if len(ours) > 1:
+    if len(hits) > 1:
         raise UnknownNameError(f"{what} {str(site)!r} is ambiguous here; name one of: {', '.join(map(str, found))}.")
-    return ours[0]
+    return dict(reads[hits[0]]) if layer is None else reads[hits[0]][layer]

@@ -9,6 +9,7 @@ from interp.batch import padding_side, select
 from interp.errors import InputError, SettingsError, UnknownNameError, UnsupportedError
 from interp.reads import NAMED_POSITIONS, Read
 from interp.sites import SITES, from_transformer_lens, to_transformer_lens
+from interp.trace import Trace
 
 ints = st.lists(st.integers(-9, 40), min_size=1, max_size=4, unique=True).map(tuple)
 positions = st.one_of(
@@ -157,3 +158,17 @@ def test_padding_side():
     assert padding_side(torch.tensor([[0, 1], [1, 1]]).bool()) == "left"
     assert padding_side(torch.tensor([[1, 0], [1, 1]]).bool()) == "right"
     assert padding_side(torch.tensor([[0, 1], [1, 0]]).bool()) == "mixed"
+
+
+def test_looking_up_is_no_search_through_all_pairs(monkeypatch):
+    """Proofs and sweeps look up hundreds of reads among hundreds of others."""
+    reads = [Read(site, layers=(i,)) for i in range(60) for site in ("resid_pre", "attn_out", "mlp_out")]
+    trace = Trace({(r, r.layers[0]): torch.tensor(float(n)) for n, r in enumerate(reads)}, depth={"text": 60})
+    compared, plain = [], Read.__eq__
+    monkeypatch.setattr(Read, "__eq__", lambda a, b: (compared.append(0), plain(a, b))[1])
+    assert [float(trace[r, r.layers[0]]) for r in reads] == list(range(180))
+    assert len(compared) <= 2 * len(reads)
+    compared.clear()
+    assert float(trace["attn_out", 20]) == 61
+    assert float(trace["mlp_out", -1]) == 179
+    assert len(compared) <= 20 * len(reads)
