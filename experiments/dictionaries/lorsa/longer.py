@@ -1,6 +1,6 @@
-"""Two starts of a Lorsa of layer 17 of SmolLM2, trained twice as long as in `smollm2`.
+"""Two starts of a Lorsa of layer 17 of SmolLM2, trained five times as long as in `smollm2`.
 
-python -m experiments.dictionaries.lorsa.longer texts/ runs/lorsa-longer [--tokens 400000]
+python -m experiments.dictionaries.lorsa.longer texts/ runs/lorsa-longer [--tokens 1000000]
 
 The random start has the larger learning rate, which suits it. Both see the same batches once.
 """
@@ -40,7 +40,7 @@ LEVELS = (0.5, 0.3, 0.25)
 def main(
     texts: Path,
     out: Path,
-    tokens: Annotated[int, typer.Option(min=2000)] = 400_000,
+    tokens: Annotated[int, typer.Option(min=2000)] = 1_000_000,
     held: Annotated[int, typer.Option(min=500)] = 16_000,
 ) -> None:
     begin = time.process_time()
