@@ -19,7 +19,7 @@ from interp.backends.taps import Tap, fetch, reached, taps_of
 from interp.batch import Batch, select
 from interp.edits import Edit, flatten
 from interp.engine.anatomy import Anatomy
-from interp.engine.plan import make_plan, refuse
+from interp.engine.plan import make_plan
 from interp.engine.recorder import check_no_nan
 from interp.errors import InputError, RemoteError, SettingsError, UnsupportedError
 from interp.reads import Read
@@ -101,11 +101,10 @@ class Remote:
             UnknownNameError: no such site, layer or tower.
             SettingsError: the site does not belong to a layer.
         """
-        read = Read(site, tower=tower)
-        if not read.row.per_layer:
-            raise SettingsError(f"{site!r} exists once, not per layer.")
+        found = self._twin.refusal(site, layer, tower=tower)
+        if found is not None:
+            return found
         try:
-            refuse(self._anatomy, read, layer, self._anatomy.tower(tower)[1])
             self._taps(site, layer)
         except UnsupportedError as error:
             return str(error)

@@ -33,7 +33,7 @@ class Prefetch(Generic[T]):
     On a machine without an accelerator the thread and the training share the cores, and nothing is won.
 
     Args:
-        source: what is read ahead; nobody else may use it, nor its model but in a block of `paused`.
+        source: what is read ahead; nobody else may use it. Other runs of its model take turns with the thread.
         depth: items made ahead; each is held in memory. 0 makes each when it is asked for, without a thread.
 
     Raises:
